@@ -1,0 +1,140 @@
+"""What to do: the outputs of the two machines. Imperatives, frozen, performed in order."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from services.core.events import LoadFailure
+from services.core.types import Adapter, AdapterDigest, Attempt, GatewayId, RequestId, WorkerId
+
+# --- ClusterScheduler -------------------------------------------------------------------------
+
+
+class RejectReason(StrEnum):
+    """Why a request will not run. Each has one gRPC code, see `services.common.errors`."""
+
+    QUEUE_FULL = "QUEUE_FULL"
+    TOO_LARGE = "REQUEST_TOO_LARGE"
+    DEADLINE = "DEADLINE_EXCEEDED"
+    NO_WORKER = "NO_WORKER"
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Hand the request to the worker, which can start it at once."""
+
+    worker_id: WorkerId
+    attempt: Attempt
+    queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Tell the gateway that the request will not run."""
+
+    gateway_id: GatewayId
+    attempt: Attempt
+    reason: RejectReason
+    retry_after_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """Tell the gateway that the request's worker is gone, so that it submits it again."""
+
+    gateway_id: GatewayId
+    attempt: Attempt
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Stop a request at its worker."""
+
+    worker_id: WorkerId
+    attempt: Attempt
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop what the shell keeps of a request that left the queue without a dispatch."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetch:
+    """Hint a worker at the adapters that queued requests will need, most urgent first."""
+
+    worker_id: WorkerId
+    adapters: tuple[Adapter, ...]
+
+
+ClusterDecision = Dispatch | Reject | Return | Abort | Forget | Prefetch
+
+# --- ReplicaScheduler -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Bring the adapter into device memory. Answered by AdapterLoaded or AdapterLoadFailed."""
+
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class EvictAdapter:
+    """Free the adapter's device memory. Done at once."""
+
+    digest: AdapterDigest
+
+
+@dataclass(frozen=True, slots=True)
+class StartRequest:
+    """Open the request's sequence in the engine. Precedes the first step that names it."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptRequest:
+    """Close its sequence and give its KV cache back; it starts again from its known tokens."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class EndRequest:
+    """Close its sequence if one is open. The request has left this machine."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class FailRequest:
+    """The request cannot run here: its adapter did not come. It has left this machine."""
+
+    attempt: Attempt
+    failure: LoadFailure
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """Compute the next `tokens` known tokens of a request; the last one samples if `samples`."""
+
+    request_id: RequestId
+    tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Run one step. Answered by StepFinished; no other RunStep is decided before that."""
+
+    work: tuple[StepWork, ...]
+
+
+ReplicaDecision = (
+    LoadAdapter | EvictAdapter | StartRequest | PreemptRequest | EndRequest | FailRequest | RunStep
+)

@@ -1,0 +1,73 @@
+"""The values that events and decisions carry: requests, adapters and what a worker can hold."""
+
+from dataclasses import dataclass
+from typing import NewType
+
+RequestId = NewType("RequestId", str)
+GatewayId = NewType("GatewayId", str)
+WorkerId = NewType("WorkerId", str)
+TenantId = NewType("TenantId", str)
+AdapterDigest = NewType("AdapterDigest", str)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What a policy may know of an adapter. `size_bytes` is what a worker's memory is charged."""
+
+    digest: AdapterDigest
+    rank: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Attempt:
+    """One submission of a request. A later attempt supersedes an earlier one."""
+
+    request_id: RequestId
+    number: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as both machines see it: sizes, owner and urgency, but not its tokens.
+
+    `context_tokens` counts the tokens known at submission: the prompt and, on a later attempt,
+    the output that the client has already. `prior_output_tokens` is that output.
+    """
+
+    attempt: Attempt
+    gateway_id: GatewayId
+    tenant_id: TenantId
+    adapter: Adapter | None
+    context_tokens: int
+    prior_output_tokens: int
+    max_output_tokens: int  # in total, all attempts counted
+    predicted_output_tokens: int  # in total, all attempts counted
+    priority: int
+    arrived_s: float
+    deadline_s: float | None
+
+    @property
+    def remaining_output_tokens(self) -> int:
+        """Tokens this attempt is expected to generate; at least one, at most what it may."""
+        most = max(1, self.max_output_tokens - self.prior_output_tokens)
+        return min(most, max(1, self.predicted_output_tokens - self.prior_output_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Limits of a worker that do not change while it lives."""
+
+    pool_blocks: int
+    block_bytes: int
+    block_tokens: int
+    max_requests: int
+    max_context_tokens: int
+
+    def kv_blocks(self, tokens: int) -> int:
+        """Blocks that the KV cache of so many tokens takes."""
+        return -(-tokens // self.block_tokens)
+
+    def adapter_blocks(self, adapter: Adapter) -> int:
+        """Blocks that an adapter takes: its true bytes, rounded up once."""
+        return -(-adapter.size_bytes // self.block_bytes)
