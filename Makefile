@@ -1,0 +1,73 @@
+# The list of commands. Each does whatever set-up it needs.
+#   make setup   build .venv            make test     run all tests
+#   make up      run the whole suite    make check    lint, types, laws, protos
+#   make protos  regenerate gen/        make bench NAME=spine
+#
+# Variables: PYTHON (default python3), CUDA=1 (GPU build of torch, triton), ARGS (passed on).
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+NAME   ?= spine
+ARGS   ?=
+SOURCES := services bench tests examples
+
+.PHONY: setup model up test check lint types laws protos protos-check bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--editable ".[all$(if $(CUDA),$(comma)gpu)]" --group dev
+	touch $@
+
+comma := ,
+
+model: setup
+	$(BIN)/calumma model pull
+
+up: setup
+	$(BIN)/calumma up $(ARGS)
+
+test: model
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types laws protos-check
+
+lint: setup
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+types: setup
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+laws: setup
+	$(BIN)/lint-imports
+
+protos: setup
+	rm -rf gen/calumma
+	$(call protoc,gen)
+
+# Lint, drift of the committed stubs, and compatibility with what main has.
+protos-check: setup
+	$(BIN)/buf lint
+	rm -rf .cache/gen && mkdir -p .cache/gen
+	$(call protoc,.cache/gen)
+	diff -r -x __pycache__ .cache/gen/calumma gen/calumma
+	@if git cat-file -e main:buf.yaml 2>/dev/null; then $(BIN)/buf breaking --against '.git#branch=main'; \
+	else echo "no main branch with protos here: nothing to compare with"; fi
+
+bench: setup
+	$(BIN)/python -m bench $(NAME) $(ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache
+
+define protoc
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotos \
+		--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
+		$$(find protos -name '*.proto' | sort)
+endef

@@ -1,0 +1,35 @@
+"""`python -m bench NAME [--quick] [--json FILE]`."""
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Final
+
+from bench import report
+
+NAMES: Final = {
+    "spine": "32 concurrent requests over 8 adapters and the base: the suite against PEFT",
+    "accuracy": "each example adapter at its own job, through the whole suite, against the base",
+}
+
+
+def main() -> None:
+    """Run one benchmark and write its report. Exits 1 when a target is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:10} {what}" for name, what in NAMES.items()),
+    )
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--quick", action="store_true", help="end within a minute on two cores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    arguments = parser.parse_args()
+    result: report.Report = importlib.import_module(f"bench.{arguments.name}").run(
+        quick=arguments.quick
+    )
+    report.write(result, arguments.json)
+    raise SystemExit(0 if all(target.holds for target in result.targets) else 1)
+
+
+if __name__ == "__main__":
+    main()

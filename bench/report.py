@@ -1,0 +1,100 @@
+"""What every benchmark returns and how it is written: rows, targets, and where it was measured."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One claim, the value that was measured, and whether it holds."""
+
+    name: str
+    target: float
+    value: float
+    unit: str
+
+    @property
+    def holds(self) -> bool:
+        """All targets are lower bounds."""
+        return self.value >= self.target
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The result of one benchmark run."""
+
+    rows: Sequence[Row]
+    targets: Sequence[Target]
+
+
+def write(report: Report, path: Path | None) -> None:
+    """Print the report for people and, if `path` is given, as JSON."""
+    _print_rows(report.rows)
+    for target in report.targets:
+        verdict = "holds" if target.holds else "MISSED"
+        print(
+            f"{verdict}: {target.name} = {target.value:.3g} {target.unit} (target {target.target:g})"
+        )
+    if path is not None:
+        path.write_text(json.dumps(_document(report), indent=1) + "\n")
+
+
+def _document(report: Report) -> dict[str, Any]:
+    return {
+        "commit": _commit(),
+        "machine": _machine(),
+        "command": " ".join([Path(sys.executable).name, "-m", "bench", *sys.argv[1:]]),
+        "rows": list(report.rows),
+        "targets": [{**asdict(target), "holds": target.holds} for target in report.targets],
+    }
+
+
+def _print_rows(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    columns = list(rows[0])
+    cells = [[_text(row.get(column)) for column in columns] for row in rows]
+    widths = [
+        max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)
+    ]
+    for line in [columns, *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+
+
+def _machine() -> dict[str, Any]:
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+    }
