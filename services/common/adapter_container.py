@@ -16,8 +16,9 @@ have equal digests.
 
 import hashlib
 import json
+import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -141,7 +142,7 @@ def read_header(blob: bytes | bytearray | memoryview) -> ContainerHeader:
             payload_offset=_aligned(_PREFIX.size + header_bytes),
             payload_bytes=fields["payload_bytes"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ContainerError(f"the header is malformed: {error}") from error
     _check(header)
     return header
@@ -171,27 +172,53 @@ def _aligned(size: int) -> int:
 
 
 def _layer_chunks(modules: Sequence[ModuleEntry], payload: bytearray) -> list[LayerChunk]:
+    return [
+        LayerChunk(layer, start, end - start, hashlib.sha256(payload[start:end]).hexdigest())
+        for layer, start, end in _layer_ranges(modules, len(payload))
+    ]
+
+
+def _layer_ranges(
+    modules: Sequence[ModuleEntry], payload_bytes: int
+) -> Iterator[tuple[int, int, int]]:
+    """Layer, start and end of each layer's part of the payload."""
     starts: dict[int, int] = {}
     for entry in modules:
         if starts and entry.layer < next(reversed(starts)):
             raise ContainerError("modules are not grouped by ascending layer")
         starts.setdefault(entry.layer, entry.offset)
-    ends = [*list(starts.values())[1:], len(payload)]
-    return [
-        LayerChunk(layer, start, end - start, hashlib.sha256(payload[start:end]).hexdigest())
-        for (layer, start), end in zip(starts.items(), ends, strict=True)
-    ]
+    ends = [*list(starts.values())[1:], payload_bytes]
+    for (layer, start), end in zip(starts.items(), ends, strict=True):
+        yield layer, start, end
 
 
 def _check(header: ContainerHeader) -> None:
-    if header.dtype not in DTYPE_BYTES:
+    if type(header.dtype) is not str or header.dtype not in DTYPE_BYTES:
         raise ContainerError(f"unknown dtype {header.dtype!r}")
     if not header.modules:
         raise ContainerError("no modules")
     end = 0
     for entry in header.modules:
-        if entry.offset != end or min(entry.rank, entry.in_features, entry.out_features) < 1:
-            raise ContainerError(f"bad entry for layer {entry.layer} {entry.module}")
+        if not _is_entry(entry) or entry.offset != end:
+            raise ContainerError(f"bad entry for layer {entry.layer!r} {entry.module!r}")
         end += entry.a_bytes(header.dtype) + entry.b_bytes(header.dtype)
     if end != header.payload_bytes:
         raise ContainerError("entries do not cover the payload")
+    ranges = [(chunk.layer, chunk.offset, chunk.size_bytes) for chunk in header.layers]
+    if ranges != [
+        (n, start, stop - start) for n, start, stop in _layer_ranges(header.modules, end)
+    ]:
+        raise ContainerError("layers are not those of the entries")
+
+
+def _is_entry(entry: ModuleEntry) -> bool:
+    """Whether the values, which come from JSON, are of their types and in range."""
+    counts = (entry.rank, entry.in_features, entry.out_features)
+    return (
+        all(type(number) is int for number in (*counts, entry.layer, entry.offset))
+        and min(counts) >= 1
+        and entry.layer >= 0
+        and type(entry.module) is str
+        and type(entry.scale) in (int, float)
+        and math.isfinite(entry.scale)
+    )

@@ -47,6 +47,7 @@ class Malformed:
 class _Call:
     method: str
     span: Span
+    peer: str  # read at the start: asking for it once the server is gone crashes the process
     started_s: float = field(default_factory=time.monotonic)
     code: grpc.StatusCode = grpc.StatusCode.OK
     reason: str = ""
@@ -113,14 +114,14 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         self, method: str, context: grpc.aio.ServicerContext[Any, Any]
     ) -> Generator[_Call]:
         """Run one call. Its task and context are its own, so nothing is reset afterwards."""
-        call = _Call(method, self._start_span(method, context))
+        call = _Call(method, self._start_span(method, context), context.peer())
         annotations: dict[str, Any] = {}
         _annotations.set(annotations)
         otel_context.attach(trace.set_span_in_context(call.span))
         try:
             yield call
         finally:
-            self._end(call, annotations, peer=context.peer())
+            self._end(call, annotations)
 
     def _start_span(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Span:
         if method.rsplit("/", 1)[-1] in self._long_lived:
@@ -137,7 +138,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             attributes={"rpc.system.name": "grpc", "rpc.method": method.lstrip("/")},
         )
 
-    def _end(self, call: _Call, annotations: dict[str, Any], *, peer: str) -> None:
+    def _end(self, call: _Call, annotations: dict[str, Any]) -> None:
         duration_s = time.monotonic() - call.started_s
         labels = {"rpc.method": call.method.lstrip("/"), "rpc.response.status_code": call.code.name}
         self._duration.record(duration_s, labels)
@@ -152,13 +153,13 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             method=call.method.lstrip("/"),
             code=call.code.name,
             duration_s=round(duration_s, 6),
-            peer=peer,
+            peer=call.peer,
             **({"reason": call.reason} if call.reason else {}),
             **annotations,
         )
 
 
-def _parts(handler: grpc.RpcMethodHandler[Any, Any]) -> tuple[Callable[..., Any], Any]:
+def _parts(handler: "grpc.RpcMethodHandler[Any, Any]") -> tuple[Callable[..., Any], Any]:
     """The factory for this handler's kind, and its behaviour."""
     match handler.request_streaming, handler.response_streaming:
         case False, False:
