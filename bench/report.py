@@ -42,7 +42,8 @@ def write(report: Report, path: Path | None) -> None:
     for target in report.targets:
         verdict = "holds" if target.holds else "MISSED"
         print(
-            f"{verdict}: {target.name} = {target.value:.3g} {target.unit} (target {target.target:g})"
+            f"{verdict}: {target.name} = {target.value:.3g} {target.unit}"
+            f" (target {target.target:g})"
         )
     if path is not None:
         path.write_text(json.dumps(_document(report), indent=1) + "\n")

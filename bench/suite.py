@@ -1,0 +1,142 @@
+"""A whole suite as processes, started with `calumma up`, for benchmarks and end-to-end tests."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+ADAPTERS_DIR: Final = Path(__file__).parent.parent / "examples" / "adapters"
+READY_TIMEOUT_S: Final = 180.0
+_STOP_TIMEOUT_S = 60.0
+_PORTS = 16  # more than any suite here needs
+
+Event = Mapping[str, Any]
+
+
+class Suite:
+    """A running `calumma up --json`. Its log lines are kept and can be waited for."""
+
+    def __init__(self, *options: str, env: Mapping[str, str] | None = None) -> None:
+        port_base = _free_port_base()
+        self.command = ["up", "--json", "--port-base", str(port_base), *options]
+        self._events: list[Event] = []
+        self._changed = threading.Condition()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "services.cli", *self.command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **(env or {})},
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        try:
+            ready = self.wait_for(_is_ready, READY_TIMEOUT_S)
+        except TimeoutError:
+            self.stop()
+            raise
+        self.endpoints: Mapping[str, Any] = ready["endpoints"]
+        self.adapters: list[str] = list(ready["adapters"])
+
+    @property
+    def gateway(self) -> str:
+        """host:port of the gateway."""
+        return str(self.endpoints["gateway"])
+
+    @property
+    def events(self) -> list[Event]:
+        """All log lines so far, of `up` and of the services."""
+        with self._changed:
+            return list(self._events)
+
+    def pid(self, process: str) -> int:
+        """Process id of a service, the latest if it was restarted."""
+        started = [
+            event
+            for event in self.events
+            if event.get("event") == "started" and event.get("process") == process
+        ]
+        return int(started[-1]["pid"])
+
+    def kill(self, process: str) -> None:
+        """SIGKILL a service; `up` starts it again."""
+        os.kill(self.pid(process), signal.SIGKILL)
+
+    def wait_for(
+        self, matches: Callable[[Event], bool], timeout_s: float, *, after: int = 0
+    ) -> Event:
+        """The first log line from index `after` on that matches. Raises TimeoutError."""
+        end_s = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                for event in self._events[after:]:
+                    if matches(event):
+                        return event
+                left_s = end_s - time.monotonic()
+                if left_s <= 0 or self._process.poll() is not None:
+                    tail = "\n".join(json.dumps(event) for event in self._events[-30:])
+                    raise TimeoutError(f"not seen in time; the last lines:\n{tail}")
+                self._changed.wait(min(left_s, 1.0))
+
+    def stop(self) -> int:
+        """Drain as Ctrl-C does. Returns the exit code of `up`."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        try:
+            code = self._process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGINT)  # a second one ends everything at once
+            code = self._process.wait(_STOP_TIMEOUT_S)
+        self._reader.join(_STOP_TIMEOUT_S)
+        return code
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._changed:
+                self._events.append(_parsed(line))
+                self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def running_suite(*options: str, env: Mapping[str, str] | None = None) -> Generator[Suite]:
+    """A suite with the example adapters, stopped at the end. `options` are those of `up`."""
+    suite = Suite(*options, env=env)
+    try:
+        yield suite
+    finally:
+        suite.stop()
+
+
+def _is_ready(event: Event) -> bool:
+    return event.get("service") == "up" and event.get("event") == "ready"
+
+
+def _parsed(line: str) -> Event:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {"event": line.rstrip()}
+    return value if isinstance(value, dict) else {"event": line.rstrip()}
+
+
+def _free_port_base() -> int:
+    """The first of a run of free ports. Another process may take one before they are used."""
+    for base in range(20_000 + os.getpid() % 20_000, 60_000, _PORTS):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(base, base + _PORTS):
+                    probe = stack.enter_context(socket.socket())
+                    probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return base
+    raise RuntimeError("no run of free ports")
