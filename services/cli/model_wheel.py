@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -163,5 +163,5 @@ def _write_tokenizer(reader: Any, path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def _write(path: Path, fields: dict[str, object]) -> None:
+def _write(path: Path, fields: Mapping[str, object]) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

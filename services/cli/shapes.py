@@ -1,0 +1,243 @@
+"""The shapes that `--json` prints: the fields of these classes, by name.
+
+Fields are only ever added. Sizes are bytes, times are seconds, `null` means absent, dates are
+RFC 3339 in UTC. Enum values are the proto's names in lower case without their prefix.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC
+
+from calumma.adapter_store.v1 import adapter_store_pb2
+from calumma.common.v1 import common_pb2
+from calumma.gateway.v1 import gateway_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class VersionShape:
+    """One immutable version of an adapter."""
+
+    name: str
+    version: int
+    digest: str
+    rank: int
+    size_bytes: int
+    dtype: str
+    target_modules: tuple[str, ...]
+    parameters: int
+    base_model: str
+    created: str
+
+    @classmethod
+    def of(cls, version: adapter_store_pb2.AdapterVersion) -> "VersionShape":
+        created = version.create_time.ToDatetime(tzinfo=UTC).isoformat(timespec="seconds")
+        return cls(
+            name=version.ref.name,
+            version=version.ref.version,
+            digest=version.ref.digest,
+            rank=version.ref.rank,
+            size_bytes=version.ref.size_bytes,
+            dtype=version.dtype,
+            target_modules=tuple(version.target_modules),
+            parameters=version.parameters,
+            base_model=version.base_model,
+            created=created if version.HasField("create_time") else "",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterShape:
+    """A registered adapter, oldest version first. `adapters list` prints {"adapters": […]}."""
+
+    name: str
+    revision: int
+    aliases: dict[str, int]
+    versions: tuple[VersionShape, ...]
+
+    @classmethod
+    def of(cls, adapter: adapter_store_pb2.Adapter) -> "AdapterShape":
+        versions = tuple(VersionShape.of(version) for version in adapter.versions)
+        return cls(adapter.name, adapter.revision, dict(adapter.aliases), versions)
+
+
+@dataclass(frozen=True, slots=True)
+class BindingShape:
+    """A module that an adapter changes, and how."""
+
+    module: str
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class PublishShape:
+    """What `adapters publish` did."""
+
+    dry_run: bool
+    already_published: bool
+    version: VersionShape
+    bindings: tuple[BindingShape, ...]
+
+    @classmethod
+    def of(cls, response: adapter_store_pb2.PublishResponse, *, dry_run: bool) -> "PublishShape":
+        bindings = tuple(BindingShape(b.module, b.rank, b.scale) for b in response.bindings)
+        version = VersionShape.of(response.version)
+        return cls(dry_run, response.already_published, version, bindings)
+
+
+@dataclass(frozen=True, slots=True)
+class TimingsShape:
+    """Where the time of a request went."""
+
+    time_to_first_token_s: float | None
+    queue_s: float | None
+    adapter_load_s: float | None
+    prefill_s: float | None
+    decode_s: float | None
+    adapter_tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerShape:
+    """What `generate` prints. `adapter_*` are null for the base model."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    adapter_name: str | None
+    adapter_version: int | None
+    adapter_digest: str | None
+    prompt_tokens: int
+    output_tokens: int
+    predicted_output_tokens: int
+    timings: TimingsShape
+    worker_id: str
+    seed: int
+    resubmissions: int
+
+    @classmethod
+    def of(
+        cls,
+        started: gateway_pb2.GenerateStarted,
+        completion: gateway_pb2.Completion,
+        *,
+        text: str,
+        token_ids: tuple[int, ...],
+    ) -> "AnswerShape":
+        adapter = started.adapter if started.HasField("adapter") else None
+        return cls(
+            request_id=started.request_id,
+            text=text,
+            token_ids=token_ids,
+            finish_reason=_enum(common_pb2.FinishReason.Name(completion.finish_reason)),
+            adapter_name=adapter.name if adapter else None,
+            adapter_version=adapter.version if adapter else None,
+            adapter_digest=adapter.digest if adapter else None,
+            prompt_tokens=completion.usage.prompt_tokens,
+            output_tokens=completion.usage.output_tokens,
+            predicted_output_tokens=completion.usage.predicted_output_tokens,
+            timings=_timings(completion),
+            worker_id=completion.worker_id,
+            seed=completion.seed,
+            resubmissions=completion.resubmissions,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HealthShape:
+    """One service: "serving", "not_serving" or "unreachable"."""
+
+    service: str
+    address: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueueShape:
+    """One queue of the scheduler."""
+
+    name: str
+    length: int
+    oldest_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WaitShape:
+    """A queued request and what it waits for. The oldest 100 are listed."""
+
+    request_id: str
+    queue: str
+    waited_s: float
+    waits_for: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentShape:
+    """An adapter that a worker holds. `name` is null when the store does not know the digest."""
+
+    digest: str
+    name: str | None
+    tier: str
+    rank: int
+    size_bytes: int
+    users: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerShape:
+    """One model replica. Blocks are those of the memory pool."""
+
+    worker_id: str
+    address: str
+    state: str  # "serving", "draining", "detached" or "unreachable"
+    engine: str
+    base_model: str
+    running_requests: int
+    loading_requests: int
+    max_requests: int
+    pool_blocks: int
+    kv_blocks: int
+    adapter_blocks: int
+    block_bytes: int
+    step_s: float
+    output_tokens: int
+    adapters: tuple[ResidentShape, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StatusShape:
+    """What `status` prints; with `--watch` once per refresh."""
+
+    healthy: bool
+    services: tuple[HealthShape, ...]
+    policy: str
+    gateways: int
+    queues: tuple[QueueShape, ...]
+    queued: tuple[WaitShape, ...]
+    workers: tuple[WorkerShape, ...]
+
+
+def tier_name(tier: common_pb2.AdapterTier.ValueType) -> str:
+    return _enum(common_pb2.AdapterTier.Name(tier))
+
+
+def _timings(completion: gateway_pb2.Completion) -> TimingsShape:
+    timings = completion.timings
+
+    def stage(name: str) -> float | None:
+        return getattr(timings, name) if timings.HasField(name) else None  # type: ignore[arg-type]
+
+    has_first = completion.HasField("time_to_first_token_s")
+    return TimingsShape(
+        time_to_first_token_s=completion.time_to_first_token_s if has_first else None,
+        queue_s=stage("queue_s"),
+        adapter_load_s=stage("adapter_load_s"),
+        prefill_s=stage("prefill_s"),
+        decode_s=stage("decode_s"),
+        adapter_tier=tier_name(timings.adapter_tier),
+    )
+
+
+def _enum(name: str) -> str:
+    """`FINISH_REASON_STOP` → `stop`."""
+    return name.removeprefix("FINISH_REASON_").removeprefix("ADAPTER_TIER_").lower()

@@ -1,0 +1,116 @@
+"""How `calumma status` looks on a terminal. A pure function of its snapshot."""
+
+from collections.abc import Iterator
+from typing import Final
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from services.cli import output
+from services.cli.shapes import HealthShape, ResidentShape, StatusShape, WorkerShape
+
+_BAR_CELLS: Final = 32
+_ADAPTERS_SHOWN: Final = 24
+_WAITS_SHOWN: Final = 8
+_STATE_STYLES: Final = {
+    "serving": "green",
+    "not_serving": "yellow",
+    "draining": "yellow",
+    "detached": "yellow",
+    "unreachable": "red",
+}
+
+
+def render(status: StatusShape) -> RenderableType:
+    """Services, queues, then each worker with its memory and adapters."""
+    return Group(*_sections(status))
+
+
+def _sections(status: StatusShape) -> Iterator[RenderableType]:
+    yield _services(status.services)
+    yield _queues(status)
+    if not status.workers:
+        yield Text("no worker", style="red")
+    for worker in status.workers:
+        yield Text()
+        yield from _worker(worker)
+
+
+def _services(services: tuple[HealthShape, ...]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for service in services:
+        grid.add_row(
+            Text(service.service.replace("_", " "), style="bold"),
+            service.address,
+            Text(service.state.replace("_", " "), style=_STATE_STYLES[service.state]),
+        )
+    return grid
+
+
+def _queues(status: StatusShape) -> RenderableType:
+    waiting = sum(queue.length for queue in status.queues)
+    title = f"queues ({status.policy or 'unknown policy'}) · {waiting} waiting"
+    lines: list[Text] = [Text(), Text(f"{title} · gateways: {status.gateways}", style="bold")]
+    lines.extend(
+        Text(f"  {queue.name}: {queue.length}, oldest {output.seconds_text(queue.oldest_s)}")
+        for queue in status.queues
+        if queue.length
+    )
+    for wait in status.queued[:_WAITS_SHOWN]:
+        request_id = output.printable(wait.request_id)
+        waited = output.seconds_text(wait.waited_s)
+        lines.append(Text(f"  {request_id} waits {waited} for {wait.waits_for}", style="dim"))
+    return Group(*lines)
+
+
+def _worker(worker: WorkerShape) -> Iterator[RenderableType]:
+    title = Text(f"worker {output.printable(worker.worker_id)} ", style="bold")
+    title.append(worker.state, style=_STATE_STYLES[worker.state])
+    yield title
+    yield Text(f"  {worker.address} · {worker.engine} · {worker.base_model}")
+    requests = f"  running {worker.running_requests}/{worker.max_requests}"
+    step = f"step {output.seconds_text(worker.step_s)} · {worker.output_tokens:,} tokens so far"
+    yield Text(f"{requests} · loading {worker.loading_requests} · {step}")
+    yield _pool_bar(worker)
+    if worker.adapters:
+        yield _adapters(worker.adapters)
+
+
+def _pool_bar(worker: WorkerShape) -> Text:
+    """The pool's blocks by use, to scale; anything above zero shows at least one cell."""
+    total = max(worker.pool_blocks, 1)
+    used = worker.kv_blocks + worker.adapter_blocks
+    free = max(worker.pool_blocks - used, 0)
+    cells = [_cells(blocks, total) for blocks in (worker.kv_blocks, worker.adapter_blocks)]
+    bar = Text("  pool ")
+    bar.append("█" * cells[0], style="cyan")
+    bar.append("█" * cells[1], style="magenta")
+    bar.append("░" * max(_BAR_CELLS - sum(cells), 0), style="dim")
+    bar.append(f" KV {worker.kv_blocks / total:.0%}", style="cyan")
+    bar.append(f" adapters {worker.adapter_blocks / total:.0%}", style="magenta")
+    bar.append(f" free {free / total:.0%}")
+    if worker.block_bytes:
+        bar.append(f" of {output.size_text(worker.pool_blocks * worker.block_bytes)}")
+    return bar
+
+
+def _cells(blocks: int, total: int) -> int:
+    return max(round(_BAR_CELLS * blocks / total), 1 if blocks else 0)
+
+
+def _adapters(adapters: tuple[ResidentShape, ...]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    busiest = sorted(adapters, key=lambda adapter: (-adapter.users, adapter.digest))
+    for adapter in busiest[:_ADAPTERS_SHOWN]:
+        grid.add_row(
+            "",
+            Text(adapter.name or output.short_digest(adapter.digest)),
+            adapter.tier,
+            f"rank {adapter.rank}",
+            output.size_text(adapter.size_bytes),
+            f"{adapter.users} running" if adapter.users else "",
+        )
+    if len(adapters) > _ADAPTERS_SHOWN:
+        grid.add_row("", Text(f"and {len(adapters) - _ADAPTERS_SHOWN} more", style="dim"))
+    return grid
