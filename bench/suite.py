@@ -16,7 +16,7 @@ from typing import Any, Final
 ADAPTERS_DIR: Final = Path(__file__).parent.parent / "examples" / "adapters"
 READY_TIMEOUT_S: Final = 180.0
 _STOP_TIMEOUT_S = 60.0
-_PORTS = 16  # more than any suite here needs
+_PORTS = 16
 
 Event = Mapping[str, Any]
 
@@ -25,7 +25,7 @@ class Suite:
     """A running `calumma up --json`. Its log lines are kept and can be waited for."""
 
     def __init__(self, *options: str, env: Mapping[str, str] | None = None) -> None:
-        port_base = _free_port_base()
+        port_base = free_port_base()
         self.command = ["up", "--json", "--port-base", str(port_base), *options]
         self._events: list[Event] = []
         self._changed = threading.Condition()
@@ -96,6 +96,8 @@ class Suite:
             self._process.send_signal(signal.SIGINT)  # a second one ends everything at once
             code = self._process.wait(_STOP_TIMEOUT_S)
         self._reader.join(_STOP_TIMEOUT_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         return code
 
     def _read(self) -> None:
@@ -128,8 +130,8 @@ def _parsed(line: str) -> Event:
     return value if isinstance(value, dict) else {"event": line.rstrip()}
 
 
-def _free_port_base() -> int:
-    """The first of a run of free ports. Another process may take one before they are used."""
+def free_port_base() -> int:
+    """First of a run of ports that are free now; enough for any suite here."""
     for base in range(20_000 + os.getpid() % 20_000, 60_000, _PORTS):
         with contextlib.ExitStack() as stack:
             try:

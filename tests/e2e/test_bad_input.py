@@ -110,7 +110,7 @@ TABLE = [
         "sampling.presence_penalty",
     ),
     _Bad("too many logprobs", _request(logprobs=10_000), "FIELD_LIMIT_EXCEEDED", "logprobs"),
-    _Bad("priority out of range", _request(priority=10**6), "INVALID_FIELD", "priority"),
+    _Bad("priority out of range", _request(priority=10**6), "FIELD_LIMIT_EXCEEDED", "priority"),
     _Bad("request id with a slash", _request(request_id="a/b"), "INVALID_FIELD", "request_id"),
 ]
 

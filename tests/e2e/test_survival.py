@@ -144,15 +144,6 @@ def test_a_killed_gateway_comes_back_and_its_old_requests_are_ended(pair: Suite)
     _wait_until_served(pair)
 
 
-def test_ctrl_c_drains_and_leaves_no_process(home: Path) -> None:
-    with running_suite("--home", str(home), "--engine", "simulated", "--no-adapters") as suite:
-        pids = [suite.pid(name) for name in ("adapter_store", "scheduler", "worker", "gateway")]
-        code = suite.stop()
-
-    assert code == 0
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-
-
 def _wait_until_served(suite: Suite) -> None:
     """Both workers are attached again and answer."""
     with grpc.insecure_channel(suite.gateway) as channel:

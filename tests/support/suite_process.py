@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Generator
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bench.suite import free_port_base
 from services.common import base_model
 
 READY_TIMEOUT_S = 90
@@ -79,7 +79,7 @@ class SuiteProcess:
 @contextmanager
 def running_suite(home: Path, *options: str, workers: int = 1) -> Generator[SuiteProcess]:
     """Start it; read on with `read_until("ready")`. Killed at the end if it still runs."""
-    port_base = free_ports(3 + workers)
+    port_base = free_port_base()
     arguments = ["up", "--json", "--home", str(home), "--port-base", str(port_base)]
     process = subprocess.Popen(
         [sys.executable, "-m", "services.cli", *arguments, f"--workers={workers}", *options],
@@ -110,22 +110,4 @@ def is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return True
-
-
-def free_ports(count: int) -> int:
-    """First of `count` ports in a row that nothing listens on now."""
-    for base in range(20_000 + os.getpid() % 10_000, 60_000, count):
-        if all(_is_free(base + offset) for offset in range(count)):
-            return base
-    raise AssertionError("no free ports")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
     return True
