@@ -1,17 +1,21 @@
 """How every service reads its settings: once, from flags and environment, frozen and bounded.
 
-Flags win over environment. An unknown flag or a value out of bounds ends the process with code 2
-and one line per problem.
+Flags win over environment, and both over files in `/run/secrets`, which are named like the
+environment variable in lower case. An unknown flag or a value out of bounds ends the process with
+code 2 and one line per problem.
 """
 
 import sys
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Final, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 Settings = TypeVar("Settings", bound=BaseSettings)
+
+SECRETS_DIR: Final = Path("/run/secrets")  # where container engines mount them
 
 
 class ServiceSettings(BaseSettings):
@@ -23,6 +27,7 @@ class ServiceSettings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
+        secrets_dir=SECRETS_DIR if SECRETS_DIR.is_dir() else None,
     )
 
     listen: str = Field(
@@ -45,7 +50,10 @@ def load_settings(cls: type[Settings], argv: Sequence[str] | None = None) -> Set
     """Build the settings from `argv` (default: the process's) and the environment, or exit 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return cls(_cli_parse_args=arguments)
+        return cls(
+            _cli_parse_args=arguments,
+            _cli_prog_name=f"python -m {cls.__module__.rpartition('.')[0]}",
+        )
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])

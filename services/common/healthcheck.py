@@ -5,6 +5,7 @@ proto name whether that service is ready.
 """
 
 import sys
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -16,8 +17,9 @@ def is_serving(address: str, service: str) -> bool:
     """Ask grpc.health.v1 once."""
     with grpc.insecure_channel(address) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # its types lack the methods
         try:
-            response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_TIMEOUT_S)
+            response = stub.Check(request, timeout=_TIMEOUT_S)
         except grpc.RpcError:
             return False
     return bool(response.status == health_pb2.HealthCheckResponse.SERVING)

@@ -60,7 +60,7 @@ TABLE = [
         "no token ids",
         gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds()),
         "PROMPT_EMPTY",
-        "token_ids",
+        "token_ids.ids",
     ),
     _Bad("no messages", _chat(), "PROMPT_EMPTY", "chat.messages"),
     _Bad("unknown role", _chat(("robot", "hi")), "INVALID_FIELD", "chat.messages[0].role"),
