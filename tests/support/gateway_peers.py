@@ -136,6 +136,7 @@ class WorkerPeer(Peer, worker_pb2_grpc.WorkerServiceServicer):
         self.worker_id = worker_id
         self.opened: asyncio.Queue[worker_pb2.StreamTokensRequest] = asyncio.Queue()
         self._encode = encode
+        self.lost_frames = 0  # to be skipped in the count before the next one
         self._frames: asyncio.Queue[worker_pb2.StreamTokensResponse | None] = asyncio.Queue()
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -149,7 +150,8 @@ class WorkerPeer(Peer, worker_pb2_grpc.WorkerServiceServicer):
         self.opened.put_nowait(request)
         sequence = 0
         while (frame := await frames.get()) is not None:
-            sequence += 1
+            sequence += 1 + self.lost_frames
+            self.lost_frames = 0
             frame.sequence = sequence
             yield frame
 

@@ -45,7 +45,7 @@ class Suite:
     stub: Any = None
     health: Any = None
 
-    async def start(self, *, ready: bool = True, **settings: Any) -> None:
+    async def start(self, *, ready: bool = True, retries: bool = False, **settings: Any) -> None:
         self.gateway = await start(
             GatewaySettings(
                 listen="127.0.0.1:0",
@@ -58,7 +58,7 @@ class Suite:
         self.stack.push_async_callback(self.stop, 0)
         channel = await self.stack.enter_async_context(
             grpc.aio.insecure_channel(
-                self.gateway.address, options=[("grpc.service_config", RETRIES)]
+                self.gateway.address, options=[("grpc.service_config", RETRIES)] if retries else []
             )
         )
         self.stub = gateway_pb2_grpc.InferenceServiceStub(channel)

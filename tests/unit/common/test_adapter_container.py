@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.adapter_container import (
@@ -129,6 +129,7 @@ def test_a_malformed_blob_is_refused(what: str) -> None:
         read_header(BAD[what])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ContainerError):
@@ -145,6 +146,7 @@ _any = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["dtype", "modules", "layers", "payload_bytes"]),
     _any,

@@ -1,0 +1,22 @@
+"""`python -m services.adapter_store`."""
+
+import sys
+
+from services.adapter_store.config import AdapterStoreSettings
+from services.adapter_store.service import start
+from services.common.base_model import BaseModelError
+from services.common.config import load_settings
+from services.common.server import serve
+
+
+def main() -> None:
+    settings = load_settings(AdapterStoreSettings)
+    try:
+        serve("adapter-store", settings, lambda: start(settings))
+    except (BaseModelError, ValueError) as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

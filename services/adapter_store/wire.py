@@ -1,0 +1,73 @@
+"""Between the registry's values and the messages of adapter_store.proto, nothing else."""
+
+from typing import assert_never
+
+from google.protobuf import timestamp_pb2
+
+from calumma.adapter_store.v1 import adapter_store_pb2 as pb
+from calumma.common.v1 import common_pb2
+from services.adapter_store.blobs import Chunk
+from services.adapter_store.entries import Entry, Version
+from services.adapter_store.publishing import Published
+from services.adapter_store.watching import Change, Deleted, Synced, Updated
+
+
+def version_to_proto(name: str, version: Version) -> pb.AdapterVersion:
+    """One version."""
+    weights = version.weights
+    created = timestamp_pb2.Timestamp()
+    created.FromNanoseconds(version.created_ns)
+    return pb.AdapterVersion(
+        ref=common_pb2.AdapterRef(
+            digest=weights.digest,
+            name=name,
+            version=version.number,
+            rank=weights.rank,
+            size_bytes=weights.size_bytes,
+        ),
+        create_time=created,
+        target_modules=weights.target_modules,
+        dtype=weights.dtype,
+        base_model=weights.base_model,
+        parameters=weights.parameters,
+    )
+
+
+def adapter_to_proto(entry: Entry) -> pb.Adapter:
+    """An adapter with its versions."""
+    return pb.Adapter(
+        name=entry.name,
+        versions=[version_to_proto(entry.name, version) for version in entry.versions],
+        aliases=entry.aliases,
+        revision=entry.revision,
+    )
+
+
+def published_to_proto(published: Published) -> pb.PublishResponse:
+    """The answer to an upload."""
+    return pb.PublishResponse(
+        version=version_to_proto(published.name, published.version),
+        bindings=[
+            pb.BoundModule(module=bound.module.path, rank=bound.rank, scale=bound.scale)
+            for bound in published.bindings
+        ],
+        already_published=published.already_published,
+    )
+
+
+def change_to_proto(change: Change) -> pb.WatchResponse:
+    """One message of a watch."""
+    match change:
+        case Updated(entry):
+            return pb.WatchResponse(updated=adapter_to_proto(entry))
+        case Deleted(name):
+            return pb.WatchResponse(deleted=name)
+        case Synced():
+            return pb.WatchResponse(synced=pb.WatchSynced())
+        case _:
+            assert_never(change)
+
+
+def chunk_to_proto(chunk: Chunk) -> pb.DownloadResponse:
+    """One message of a download."""
+    return pb.DownloadResponse(offset=chunk.offset, data=chunk.data, total_bytes=chunk.total_bytes)
