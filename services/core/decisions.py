@@ -120,6 +120,13 @@ class FailRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpireRequest:
+    """As EndRequest, because its deadline passed: tell its gateway so."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
 class StepWork:
     """Compute the next `tokens` known tokens of a request; the last one samples if `samples`."""
 
@@ -136,5 +143,12 @@ class RunStep:
 
 
 ReplicaDecision = (
-    LoadAdapter | EvictAdapter | StartRequest | PreemptRequest | EndRequest | FailRequest | RunStep
+    LoadAdapter
+    | EvictAdapter
+    | StartRequest
+    | PreemptRequest
+    | EndRequest
+    | FailRequest
+    | ExpireRequest
+    | RunStep
 )

@@ -147,6 +147,7 @@ class LoadFailure(StrEnum):
     UNAVAILABLE = "unavailable"
     CORRUPT = "corrupt"
     INCOMPATIBLE = "incompatible"
+    TOO_LARGE = "too_large"  # with the request that wants it, more than all of the worker's memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,311 @@
+"""ClusterScheduler: which request goes to which worker, and when.
+
+The life of a request here. It is submitted and queued by the policy; once some worker can start it
+at once it is dispatched and charged to that worker's ledger; when the worker reports it finished,
+its memory and quota are free again. It leaves exactly once: dispatched and finished, rejected,
+forgotten (cancelled or superseded while queued) or returned to its gateway (its worker is lost).
+
+Rules:
+- Waiting happens here, not at the workers: only what fits a worker's ledger is dispatched, and
+  every event is followed by dispatches until the policy has none to give.
+- A request that was refused memory is not tried again before some is freed: dispatches only ever
+  make the others' need and the free memory smaller by the same adapter, so a refusal stands.
+- A later attempt supersedes an earlier one; known attempts are ignored.
+- A request that no known worker could ever run is rejected, at submission or when it is offered.
+- Hints name the adapters of queued requests that their likely worker lacks (S-LoRA prefetches for
+  its next batch), and are sent only when they change.
+
+Expected of the shell: events of one stream in order, and no WorkerDetached or GatewayDetached for a
+stream that a newer one has replaced.
+"""
+
+from itertools import islice
+from typing import assert_never
+
+from services.core.attachments import (
+    attach_gateway,
+    attach_worker,
+    detach_gateway,
+    detach_worker,
+    lose_gateway,
+    lose_worker,
+    settle_claim,
+)
+from services.core.config import ClusterConfig
+from services.core.decisions import ClusterDecision, Forget, Prefetch, Reject, RejectReason
+from services.core.events import (
+    ClusterEvent,
+    GatewayAttached,
+    GatewayDetached,
+    RequestCancelled,
+    RequestFinished,
+    RequestStarted,
+    RequestSubmitted,
+    WorkerAttached,
+    WorkerDetached,
+    WorkerReported,
+)
+from services.core.ledger import Fit, can_ever_fit
+from services.core.placement import Placement
+from services.core.queues import QueuePolicy
+from services.core.snapshots import ClusterSnapshot, QueuedSnapshot, WaitsFor
+from services.core.timers import earliest
+from services.core.types import Attempt, Request, RequestId, WorkerId
+from services.core.whereabouts import Whereabouts
+from services.core.workers import Worker
+
+__all__ = ["ClusterConfig", "ClusterScheduler", "ClusterSnapshot"]
+
+_QUEUED_SHOWN = 100
+_HINT_SCAN = 4  # queued requests looked at per adapter that may be hinted
+
+
+class ClusterScheduler:
+    """Admission, queues and placement over all workers of one base model."""
+
+    def __init__(self, config: ClusterConfig, policy: QueuePolicy) -> None:
+        self._config = config
+        self._policy = policy
+        self._placement = Placement(load_bound=config.load_bound)
+        self._state = Whereabouts(config, policy)
+        self._open: list[Worker] = []
+        self._no_worker_since_s: float | None = None
+        self._hints_due_s: float | None = None
+        self._hints_planned_s = float("-inf")
+        self._now = float("-inf")
+
+    def handle(self, event: ClusterEvent, *, now: float) -> list[ClusterDecision]:
+        """Take in what happened; return what to do, in order."""
+        state = self._state
+        match event:
+            case RequestSubmitted(request):
+                self._submit(request, now=now)
+            case RequestCancelled(attempt, cause):
+                self._cancel(attempt, cause)
+            case GatewayAttached():
+                attach_gateway(state, event, now=now)
+            case GatewayDetached():
+                detach_gateway(state, event, now=now)
+            case WorkerAttached():
+                attach_worker(state, event, now=now)
+                self._count_workers()
+            case WorkerReported():
+                self._report(event)
+            case WorkerDetached():
+                detach_worker(state, event, now=now)
+                self._count_workers()
+            case RequestStarted():
+                self._start(event)
+            case RequestFinished(worker_id, attempt):
+                self._finish(worker_id, attempt)
+            case _:
+                assert_never(event)
+        return self.tick(now=now)
+
+    def tick(self, *, now: float) -> list[ClusterDecision]:
+        """Do what is due and what has become possible."""
+        self._now = now
+        self._expire(now)
+        self._reject_without_worker(now)
+        self._dispatch(now)
+        self._hint(now)
+        decisions, self._state.out = self._state.out, []
+        return decisions
+
+    def next_deadline(self) -> float | None:
+        """When `tick` must be called if nothing happens before."""
+        state = self._state
+        return earliest(
+            state.deadlines.next_s(),
+            state.worker_grace.next_s(),
+            state.gateway_grace.next_s(),
+            state.claim_grace.next_s(),
+            self._next_without_worker_s(),
+            self._policy.next_deadline(now=self._now),
+            self._hints_due_s,
+        )
+
+    def snapshot(self, *, now: float) -> ClusterSnapshot:
+        """The present state, for reports."""
+        state = self._state
+        oldest = islice(state.queued.items(), _QUEUED_SHOWN)
+        return ClusterSnapshot(
+            policy=self._policy.name,
+            queues=self._policy.queues(now=now),
+            workers=tuple(worker.snapshot() for worker in state.workers.values()),
+            queued=tuple(
+                QueuedSnapshot(
+                    request_id=request_id,
+                    queue=self._policy.queue_of(request_id),
+                    waited_s=max(0.0, now - since_s),
+                    waits_for=self._waits_for(request),
+                )
+                for request_id, (request, since_s) in oldest
+            ),
+            gateways=sum(gateway.is_attached for gateway in state.gateways.values()),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert all that must hold between events."""
+        self._state.check_integrity()
+        assert self._open == [w for w in self._state.workers.values() if w.is_open]
+
+    # --- events -----------------------------------------------------------------------------
+
+    def _submit(self, request: Request, *, now: float) -> None:
+        state, attempt = self._state, request.attempt
+        live = state.live.get(attempt.request_id)
+        claim = state.claims.get(attempt.request_id)
+        if live is not None and live.attempt == attempt and live.worker_id is None:
+            return
+        known = [entry.attempt.number for entry in (live, claim) if entry is not None]
+        if state.knows(attempt) or max(known, default=0) > attempt.number:
+            state.out.append(Forget(attempt))  # only the shell's second copy of it
+            return
+        if live is not None:
+            state.supersede(live)
+        if claim is not None and claim.attempt == attempt:
+            state.drop_claim(attempt.request_id)
+        elif claim is not None:
+            claim.is_cancelled = True
+        self._admit(request, now=now)
+
+    def _admit(self, request: Request, *, now: float) -> None:
+        state = self._state
+        if not self._can_ever_run(request):
+            reason, retry_after_s = RejectReason.TOO_LARGE, None
+        elif len(state.queued) >= self._config.queue_limit:
+            reason, retry_after_s = RejectReason.QUEUE_FULL, self._config.retry_after_s
+        else:
+            state.enqueue(request, now=now)
+            return
+        state.out.append(Reject(request.gateway_id, request.attempt, reason, retry_after_s))
+
+    def _cancel(self, attempt: Attempt, cause: str) -> None:
+        live = self._state.live.get(attempt.request_id)
+        claim = self._state.claims.get(attempt.request_id)
+        if live is not None and live.attempt == attempt:
+            self._state.stop(live, cause)
+        elif claim is not None and claim.attempt == attempt:
+            claim.is_cancelled = True
+
+    def _report(self, event: WorkerReported) -> None:
+        worker = self._state.workers.get(event.worker_id)
+        if worker is not None:
+            worker.report(event.resident, is_draining=event.draining)
+            if worker.is_open != (worker in self._open):
+                self._count_workers()
+
+    def _start(self, event: RequestStarted) -> None:
+        worker = self._state.workers.get(event.worker_id)
+        if worker is not None:
+            worker.start(event.attempt)
+
+    def _finish(self, worker_id: WorkerId, attempt: Attempt) -> None:
+        worker = self._state.workers.get(worker_id)
+        if worker is not None and attempt in worker.placed:
+            self._state.remove(worker, attempt, is_returned=False)
+
+    def _count_workers(self) -> None:
+        """The set of workers that take requests may have changed."""
+        self._open = [w for w in self._state.workers.values() if w.is_open]
+        self._state.refused.clear()
+        self._policy.resize(
+            sum(w.capacity.pool_blocks * w.capacity.block_tokens for w in self._open)
+        )
+
+    # --- time -------------------------------------------------------------------------------
+
+    def _expire(self, now: float) -> None:
+        state = self._state
+        for request_id in state.deadlines.pop_due(now):
+            state.reject_queued(request_id, RejectReason.DEADLINE)
+        for worker_id in state.worker_grace.pop_due(now):
+            lose_worker(state, worker_id)
+        for gateway_id in state.gateway_grace.pop_due(now):
+            lose_gateway(state, gateway_id)
+        for request_id in state.claim_grace.pop_due(now):
+            settle_claim(state, request_id)
+
+    def _reject_without_worker(self, now: float) -> None:
+        if self._open:
+            self._no_worker_since_s = None
+            return
+        if self._no_worker_since_s is None:
+            self._no_worker_since_s = now
+        while (due_s := self._next_without_worker_s()) is not None and due_s <= now:
+            request_id = next(iter(self._state.queued))
+            retry_after_s = self._config.retry_after_s
+            self._state.reject_queued(request_id, RejectReason.NO_WORKER, retry_after_s)
+
+    def _next_without_worker_s(self) -> float | None:
+        oldest = next(iter(self._state.queued.values()), None)
+        if oldest is None or self._no_worker_since_s is None:
+            return None
+        return max(oldest[1], self._no_worker_since_s) + self._config.no_worker_wait_s
+
+    # --- dispatch ---------------------------------------------------------------------------
+
+    def _dispatch(self, now: float) -> None:
+        if not self._open:
+            return
+        chosen: list[Worker] = []
+        hopeless: list[RequestId] = []
+
+        def place(request: Request) -> bool:
+            request_id = request.attempt.request_id
+            if request_id in self._state.refused:
+                return False
+            choice = self._placement.choose(request, self._open)
+            if isinstance(choice, Worker):
+                chosen[:] = [choice]
+                return True
+            self._state.refused.add(request_id)
+            if not self._can_ever_run(request):
+                hopeless.append(request_id)
+            return False
+
+        while (request := self._policy.take(place, now=now)) is not None or hopeless:
+            if request is not None:
+                self._state.dispatch(request, chosen[0], now=now)
+            while hopeless:
+                self._state.reject_queued(hopeless.pop(), RejectReason.TOO_LARGE)
+
+    def _can_ever_run(self, request: Request) -> bool:
+        """False if every worker there is, present or in its grace period, is too small."""
+        workers = self._state.workers.values()
+        return not workers or any(can_ever_fit(request, worker.capacity) for worker in workers)
+
+    def _waits_for(self, request: Request) -> WaitsFor:
+        if not self._open:
+            return "no_worker"
+        match self._placement.choose(request, self._open):
+            case Fit.MEMORY:
+                return "memory"
+            case Fit.BATCH_SLOTS:
+                return "batch_slots"
+            case _:
+                return "order"
+
+    # --- hints ------------------------------------------------------------------------------
+
+    def _hint(self, now: float) -> None:
+        """Look at the queue again, not more often than the interval allows."""
+        depth = self._config.prefetch_depth
+        if depth == 0 or not (self._state.queued or any(w.hinted for w in self._open)):
+            self._hints_due_s = None
+            return
+        due_s = self._hints_planned_s + self._config.prefetch_interval_s
+        if now < due_s:
+            self._hints_due_s = due_s
+            return
+        self._hints_planned_s, self._hints_due_s = now, None
+        if not self._open:
+            return
+        upcoming = islice(self._policy.upcoming(), _HINT_SCAN * depth * len(self._open))
+        hints = self._placement.plan_hints(upcoming, self._open, depth=depth)
+        for worker in self._open:
+            adapters = hints[worker.worker_id]
+            if adapters != tuple(worker.hinted.values()):
+                worker.hinted = {adapter.digest: adapter for adapter in adapters}
+                self._state.out.append(Prefetch(worker.worker_id, adapters))

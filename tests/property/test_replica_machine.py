@@ -1,0 +1,146 @@
+"""Any order of dispatches, aborts, loads, failures, hints, deadlines and steps at one worker."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from services.core import events as on
+from services.core.replica import ReplicaConfig, ReplicaScheduler
+from services.core.types import Adapter, Attempt, RequestId
+from tests.unit.core.core_world import CheckingEngine, adapter, capacity, request
+
+ADAPTERS = [adapter(f"a{index}", blocks=1 + 3 * index) for index in range(6)]
+
+
+class ReplicaMachine(RuleBasedStateMachine):
+    """A worker with a pool that holds few requests; the engine asserts the contract."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.outputs: dict[RequestId, int] = {}
+        self.dispatched: list[Attempt] = []
+
+    @initialize(
+        blocks=st.integers(20, 45),
+        slots=st.integers(1, 6),
+        budget=st.integers(1, 64),
+        loads=st.integers(1, 3),
+        eviction=st.sampled_from(["lru", "chameleon"]),
+    )
+    def build(self, blocks: int, slots: int, budget: int, loads: int, eviction: str) -> None:
+        config = ReplicaConfig(
+            prefill_tokens_per_step=budget,
+            max_loads=loads,
+            max_hint_loads=min(loads, 2),
+            eviction=eviction,
+        )
+        limits = capacity(blocks, requests=slots, context=300)
+        self.replica = ReplicaScheduler(config, limits)
+        self.twin = ReplicaScheduler(config, limits)
+        self.engine = CheckingEngine(limits, config)
+
+    def handle(self, event: on.ReplicaEvent) -> None:
+        decisions = self.replica.handle(event, now=self.now)
+        assert decisions == self.twin.handle(event, now=self.now), "same events, same decisions"
+        self.engine.perform(decisions)
+
+    @rule(
+        name=st.integers(0, 12),
+        using=st.sampled_from([None, *ADAPTERS]),
+        context=st.integers(1, 120),
+        predicted=st.sampled_from([1, 5, 20, 60]),
+        output=st.integers(1, 60),
+        patience_s=st.none() | st.none() | st.floats(0.0, 5.0),
+    )
+    def dispatch(
+        self,
+        *,
+        name: int,
+        using: Adapter | None,
+        context: int,
+        predicted: int,
+        output: int,
+        patience_s: float | None,
+    ) -> None:
+        number = 1 + sum(known.request_id == f"r{name}" for known in self.dispatched)
+        new = request(
+            f"r{name}",
+            number=number,
+            using=using,
+            context=context,
+            output=predicted,
+            output_max=60,
+            deadline_s=None if patience_s is None else self.now + patience_s,
+        )
+        self.outputs[new.attempt.request_id] = output
+        self.dispatched.append(new.attempt)
+        self.engine.receive(new)
+        self.handle(on.RequestDispatched(new))
+
+    @precondition(lambda self: self.dispatched)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.handle(on.RequestAborted(data.draw(st.sampled_from(self.dispatched))))
+
+    @rule(wanted=st.lists(st.sampled_from(ADAPTERS), unique=True, max_size=6))
+    def hint(self, wanted: list[Adapter]) -> None:
+        self.handle(on.AdaptersWanted(tuple(wanted)))
+
+    @precondition(lambda self: self.engine.loading)
+    @rule(data=st.data(), fails=st.integers(0, 4))
+    def end_load(self, data: st.DataObject, fails: int) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.engine.loading)))
+        ends = self.engine.fail_load if fails == 0 else self.engine.finish_load
+        self.handle(ends(digest))
+
+    @precondition(lambda self: self.engine.step is not None)
+    @rule(times=st.integers(1, 30))
+    def run_steps(self, times: int) -> None:
+        for _ in range(times):
+            if self.engine.step is not None:
+                self.handle(self.engine.finish_step(self.outputs))
+                self.replica.check_integrity()
+
+    @rule(wait_s=st.floats(0.0, 2.0) | st.just(200.0))
+    def wait(self, wait_s: float) -> None:
+        self.now += wait_s
+        decisions = self.replica.tick(now=self.now)
+        assert decisions == self.twin.tick(now=self.now)
+        self.engine.perform(decisions)
+        due_s = self.replica.next_deadline()
+        if self.engine.step is None:
+            assert due_s is None or due_s > self.now
+
+    @invariant()
+    def is_sound(self) -> None:
+        if not hasattr(self, "replica"):
+            return
+        self.replica.check_integrity()
+        snapshot = self.replica.snapshot()
+        held = snapshot.kv_blocks + snapshot.adapter_blocks + snapshot.free_blocks
+        assert held == self.engine.limits.pool_blocks
+        assert {a.digest for a in snapshot.resident} == set(self.engine.loaded)
+        assert snapshot.running == len(self.engine.open)
+
+    def teardown(self) -> None:
+        """Whatever happened, everything that is here can end."""
+        if not hasattr(self, "replica"):
+            return
+        for _ in range(20_000):
+            if self.engine.loading:
+                self.handle(self.engine.finish_load(next(iter(self.engine.loading))))
+            elif self.engine.step is not None:
+                self.handle(self.engine.finish_step(self.outputs))
+            else:
+                break
+        assert not self.engine.known
+        assert not self.replica.snapshot().requests
+        assert self.replica.snapshot().kv_blocks == 0
+        assert set(self.engine.left) == set(self.dispatched)
+
+
+ReplicaMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+)
+TestReplicaMachine = ReplicaMachine.TestCase

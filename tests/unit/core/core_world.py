@@ -1,0 +1,314 @@
+"""What the tests of the core share: values, an engine that checks its orders, and a small world.
+
+`CheckingEngine` does what a worker's engine would and asserts the contract of every decision.
+`World` runs one ClusterScheduler and several ReplicaSchedulers in virtual time.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import assert_never
+
+from services.core import decisions as do
+from services.core import events as on
+from services.core.cluster import ClusterScheduler
+from services.core.replica import ReplicaConfig, ReplicaScheduler
+from services.core.types import (
+    Adapter,
+    AdapterDigest,
+    Attempt,
+    Capacity,
+    GatewayId,
+    Request,
+    RequestId,
+    TenantId,
+    WorkerId,
+)
+
+GATEWAY = GatewayId("g")
+
+
+def adapter(name: str = "a", *, blocks: int = 2, rank: int = 8) -> Adapter:
+    """An adapter of so many blocks of 1,000 bytes."""
+    return Adapter(AdapterDigest(name), rank, blocks * 1000)
+
+
+def capacity(blocks: int = 100, *, requests: int = 16, context: int = 1000) -> Capacity:
+    """A worker of so many blocks of ten tokens."""
+    return Capacity(blocks, 1000, 10, requests, context)
+
+
+def attempt(name: str, number: int = 1) -> Attempt:
+    return Attempt(RequestId(name), number)
+
+
+def request(
+    name: str,
+    *,
+    number: int = 1,
+    using: Adapter | None = None,
+    context: int = 10,
+    output: int = 10,
+    output_max: int | None = None,
+    priority: int = 0,
+    deadline_s: float | None = None,
+    gateway: GatewayId = GATEWAY,
+) -> Request:
+    """A request of `context` tokens that is expected to generate `output`."""
+    return Request(
+        attempt=attempt(name, number),
+        gateway_id=gateway,
+        tenant_id=TenantId("t"),
+        adapter=using,
+        context_tokens=context,
+        prior_output_tokens=0,
+        max_output_tokens=output_max if output_max is not None else output,
+        predicted_output_tokens=output,
+        priority=priority,
+        arrived_s=0.0,
+        deadline_s=deadline_s,
+    )
+
+
+class CheckingEngine:
+    """Device memory and sequences of one worker. `outputs` are the true lengths, by request."""
+
+    def __init__(self, limits: Capacity, config: ReplicaConfig) -> None:
+        self.limits = limits
+        self.config = config
+        self.loaded: dict[AdapterDigest, Adapter] = {}
+        self.loading: dict[AdapterDigest, Adapter] = {}
+        self.known: dict[Attempt, tuple[Request, int]] = {}  # dispatched here, with known tokens
+        self.open: dict[Attempt, int] = {}  # computed tokens
+        self.step: tuple[do.StepWork, ...] | None = None
+        self.left: dict[Attempt, do.ReplicaDecision] = {}
+        self.preemptions = 0
+        self.loads = 0
+
+    def receive(self, new: Request) -> None:
+        """A request is dispatched here."""
+        self.known.setdefault(new.attempt, (new, new.context_tokens))
+
+    def perform(self, decisions: Iterable[do.ReplicaDecision]) -> None:
+        """Obey, and complain about orders that break the contract."""
+        for decision in decisions:
+            match decision:
+                case do.LoadAdapter(wanted):
+                    assert wanted.digest not in self.loaded
+                    assert wanted.digest not in self.loading
+                    assert len(self.loading) < self.config.max_loads
+                    self.loading[wanted.digest] = wanted
+                    self.loads += 1
+                case do.EvictAdapter(digest):
+                    assert digest not in self._digests_in_use(), "evicted while in use"
+                    del self.loaded[digest]
+                case do.StartRequest(started):
+                    assert started not in self.open
+                    assert self.step is None
+                    using = self.known[started][0].adapter
+                    assert using is None or using.digest in self.loaded
+                    self.open[started] = 0
+                case do.PreemptRequest(preempted):
+                    assert self.step is None
+                    del self.open[preempted]
+                    self.preemptions += 1
+                case do.EndRequest(gone) | do.ExpireRequest(gone) | do.FailRequest(gone):
+                    self._leave(gone, decision)
+                case do.RunStep(work):
+                    self._begin(work)
+                case _:
+                    assert_never(decision)
+            self._check_memory()
+
+    def finish_step(self, outputs: dict[RequestId, int]) -> on.StepFinished:
+        """The outstanding step ends: due tokens are sampled, complete requests end."""
+        assert self.step is not None
+        sampled, ended = [], []
+        for work in self.step:
+            current = self._open_attempt(work.request_id)
+            self.open[current] += work.tokens
+            if work.samples:
+                source, tokens = self.known[current]
+                self.known[current] = (source, tokens + 1)
+                sampled.append(work.request_id)
+                if tokens + 1 - source.context_tokens >= outputs[work.request_id]:
+                    ended.append(work.request_id)
+        self.step = None
+        return on.StepFinished(tuple(sampled), tuple(ended))
+
+    def finish_load(self, digest: AdapterDigest) -> on.AdapterLoaded:
+        self.loaded[digest] = self.loading.pop(digest)
+        return on.AdapterLoaded(digest)
+
+    def fail_load(self, digest: AdapterDigest) -> on.AdapterLoadFailed:
+        del self.loading[digest]
+        return on.AdapterLoadFailed(digest, on.LoadFailure.UNAVAILABLE, "store down")
+
+    def _begin(self, steps: tuple[do.StepWork, ...]) -> None:
+        assert self.step is None, "one RunStep at most is outstanding"
+        assert steps
+        assert len({work.request_id for work in steps}) == len(steps)
+        in_step, prefill_tokens, seen_prefill = set(), 0, False
+        for work in steps:
+            current = self._open_attempt(work.request_id)
+            in_step.add(current)
+            due = self.known[current][1] - self.open[current]
+            assert 1 <= work.tokens <= due
+            assert work.samples == (work.tokens == due)
+            if due > 1:
+                seen_prefill = True
+                prefill_tokens += work.tokens
+            assert due > 1 or not seen_prefill, "decodes come first"
+        assert prefill_tokens <= self.config.prefill_tokens_per_step
+        decoding = {a for a in self.open if self.known[a][1] - self.open[a] == 1}
+        assert decoding <= in_step, "a step leaves out no decode"
+        self.step = steps
+
+    def _leave(self, gone: Attempt, decision: do.ReplicaDecision) -> None:
+        assert gone not in self.left, "a request leaves once"
+        if self.step is not None and gone in self.open:
+            assert all(work.request_id != gone.request_id for work in self.step)
+        self.open.pop(gone, None)
+        self.known.pop(gone, None)
+        self.left[gone] = decision
+
+    def _open_attempt(self, request_id: RequestId) -> Attempt:
+        found = [known for known in self.open if known.request_id == request_id]
+        assert len(found) == 1
+        return found[0]
+
+    def _digests_in_use(self) -> set[AdapterDigest]:
+        users = [self.known[opened][0].adapter for opened in self.open]
+        return {used.digest for used in users if used is not None}
+
+    def _check_memory(self) -> None:
+        tokens = dict(self.open)
+        for work in self.step or ():
+            tokens[self._open_attempt(work.request_id)] += work.tokens
+        blocks = sum(self.limits.kv_blocks(held) for held in tokens.values())
+        for held in [*self.loaded.values(), *self.loading.values()]:
+            blocks += self.limits.adapter_blocks(held)
+        assert blocks <= self.limits.pool_blocks, "more memory used than there is"
+
+
+class World:
+    """One cluster, some workers, virtual time. Steps and loads take as long as told."""
+
+    def __init__(
+        self, cluster: ClusterScheduler, workers: dict[WorkerId, tuple[Capacity, ReplicaConfig]]
+    ) -> None:
+        self.now = 0.0
+        self.cluster = cluster
+        self.replicas = {
+            i: ReplicaScheduler(config, limits) for i, (limits, config) in workers.items()
+        }
+        self.engines = {
+            i: CheckingEngine(limits, config) for i, (limits, config) in workers.items()
+        }
+        self.requests: dict[Attempt, Request] = {}
+        self.outputs: dict[RequestId, int] = {}
+        self.outcome: dict[Attempt, str] = {}
+        self.started_s: dict[Attempt, float] = {}
+        self.dispatched: list[Attempt] = []
+        self.log: list[str] = []
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._sequence = count()
+        self.to_cluster(on.GatewayAttached(GATEWAY, ()))
+        for worker_id, (limits, _) in workers.items():
+            self.to_cluster(on.WorkerAttached(worker_id, limits, (), (), draining=False))
+
+    def at(self, time_s: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time_s, next(self._sequence), action))
+
+    def submit(self, new: Request, *, at_s: float, output: int | None = None) -> None:
+        """Send a request at a time; its true output length is the predicted one if not given."""
+        self.requests[new.attempt] = new
+        self.outputs[new.attempt.request_id] = output or new.remaining_output_tokens
+        self.at(at_s, lambda: self.to_cluster(on.RequestSubmitted(new)))
+
+    def run(self, *, until_s: float = 1e6) -> None:
+        """Run until nothing is left to happen."""
+        while self._events and self._events[0][0] <= until_s:
+            self.now, _, action = heapq.heappop(self._events)
+            action()
+
+    def to_cluster(self, event: on.ClusterEvent) -> None:
+        decisions = self.cluster.handle(event, now=self.now)
+        self.cluster.check_integrity()
+        self._perform_cluster(decisions)
+        due_s = self.cluster.next_deadline()
+        if due_s is not None:
+            self.at(max(due_s, self.now), self._tick)
+
+    def _tick(self) -> None:
+        due_s = self.cluster.next_deadline()
+        if due_s is not None and due_s <= self.now:
+            self._perform_cluster(self.cluster.tick(now=self.now))
+            self.cluster.check_integrity()
+            due_s = self.cluster.next_deadline()
+            assert due_s is None or due_s > self.now, "a tick settles what is due"
+            if due_s is not None:
+                self.at(due_s, self._tick)
+
+    def _perform_cluster(self, decisions: list[do.ClusterDecision]) -> None:
+        for decision in decisions:
+            self.log.append(f"{self.now:.2f} {decision}")
+            match decision:
+                case do.Dispatch(worker_id, placed, _):
+                    assert placed not in self.dispatched
+                    self.dispatched.append(placed)
+                    self.engines[worker_id].receive(self.requests[placed])
+                    self.to_replica(worker_id, on.RequestDispatched(self.requests[placed]))
+                case do.Abort(worker_id, stopped, _):
+                    self.to_replica(worker_id, on.RequestAborted(stopped))
+                case do.Prefetch(worker_id, wanted):
+                    self.to_replica(worker_id, on.AdaptersWanted(wanted))
+                case do.Reject(_, refused, reason, _):
+                    self._finish(refused, reason.value)
+                case do.Forget(forgotten):
+                    self._finish(forgotten, "forgotten")
+                case do.Return(_, returned, _):
+                    self._finish(returned, "returned")
+                case _:
+                    assert_never(decision)
+
+    def to_replica(self, worker_id: WorkerId, event: on.ReplicaEvent) -> None:
+        decisions = self.replicas[worker_id].handle(event, now=self.now)
+        self.replicas[worker_id].check_integrity()
+        engine = self.engines[worker_id]
+        engine.perform(decisions)
+        for decision in decisions:
+            self._follow(worker_id, decision)
+
+    def _follow(self, worker_id: WorkerId, decision: do.ReplicaDecision) -> None:
+        engine = self.engines[worker_id]
+        match decision:
+            case do.LoadAdapter(wanted):
+                self.at(
+                    self.now + 0.02 * engine.limits.adapter_blocks(wanted),
+                    lambda: self.to_replica(worker_id, engine.finish_load(wanted.digest)),
+                )
+            case do.RunStep(work):
+                self.at(
+                    self.now + 0.01 + 0.0001 * sum(part.tokens for part in work),
+                    lambda: self.to_replica(worker_id, engine.finish_step(self.outputs)),
+                )
+            case do.StartRequest(started):
+                self.started_s.setdefault(started, self.now)
+                event = on.RequestStarted(worker_id, started)
+                self.at(self.now, lambda: self.to_cluster(event))
+            case do.EndRequest(gone) | do.ExpireRequest(gone) | do.FailRequest(gone):
+                self._finish(gone, type(decision).__name__)
+                resident = self.replicas[worker_id].snapshot().resident
+                report = on.WorkerReported(worker_id, resident, draining=False)
+                done = on.RequestFinished(worker_id, gone, 1)
+                self.at(self.now, lambda: self.to_cluster(report))
+                self.at(self.now, lambda: self.to_cluster(done))
+            case do.EvictAdapter() | do.PreemptRequest():
+                pass
+            case _:
+                assert_never(decision)
+
+    def _finish(self, gone: Attempt, outcome: str) -> None:
+        assert gone not in self.outcome, "a request leaves once"
+        self.outcome[gone] = outcome
