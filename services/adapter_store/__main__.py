@@ -12,7 +12,7 @@ from services.common.server import serve
 def main() -> None:
     settings = load_settings(AdapterStoreSettings)
     try:
-        serve("adapter-store", settings, lambda: start(settings))
+        serve("adapter_store", settings, lambda: start(settings))
     except (BaseModelError, ValueError) as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(1)

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
+from services.adapter_store.storage import S3Credentials
 from services.common.base_model import DEFAULT_MODEL, cache_home
 from services.common.config import ServiceSettings
 
@@ -24,6 +25,10 @@ class AdapterStoreSettings(ServiceSettings):
         default_factory=lambda: (cache_home() / "store").absolute().as_uri(),
         description="URL (file, s3, gs or az) of the bucket or folder that holds all state",
     )
+    s3_access_key_id: str | None = Field(
+        default=None, description="with its secret: instead of the environment's AWS credentials"
+    )
+    s3_secret_access_key: SecretStr | None = None
     model: str = Field(
         default=DEFAULT_MODEL,
         description="folder or hub id of the base model that adapters are checked against",
@@ -66,3 +71,11 @@ class AdapterStoreSettings(ServiceSettings):
         le=30 * 86_400,
         description="age below which an unused object is never deleted",
     )
+
+    @property
+    def s3_credentials(self) -> S3Credentials | None:
+        """The key pair, when both parts are given."""
+        if self.s3_access_key_id is None or self.s3_secret_access_key is None:
+            return None
+        secret = self.s3_secret_access_key.get_secret_value()
+        return S3Credentials(self.s3_access_key_id.strip(), secret.strip())

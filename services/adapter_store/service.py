@@ -160,7 +160,9 @@ class _Reached:
 async def start(settings: AdapterStoreSettings) -> AdapterStore:
     """Start the service. Raises BaseModelError, and ValueError for a store_url that can't be."""
     storage = open_storage(
-        settings.store_url, Timeouts(settings.call_timeout_s, settings.read_timeout_s)
+        settings.store_url,
+        Timeouts(settings.call_timeout_s, settings.read_timeout_s),
+        s3=settings.s3_credentials,
     )
     folder = locate(settings.model)
     base = BaseModel(load_config(folder), _base_names(settings, folder))

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final, Protocol
@@ -46,6 +46,14 @@ class Timeouts:
 
     call_s: float = 10.0
     read_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class S3Credentials:
+    """A key pair, where the environment's own credential chain is not wanted."""
+
+    access_key_id: str
+    secret_access_key: str
 
 
 class Storage(Protocol):
@@ -162,8 +170,8 @@ class ObjectStorage:
         return _deadline(self._timeouts.call_s + extra_s)
 
 
-def open_storage(url: str, timeouts: Timeouts) -> ObjectStorage:
-    """Storage at a URL; credentials come from the environment. ValueError: not a usable URL."""
+def open_storage(url: str, timeouts: Timeouts, *, s3: S3Credentials | None = None) -> ObjectStorage:
+    """Storage at a URL, with credentials from the environment or `s3`. ValueError: not usable."""
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
         raise ValueError(f"store_url must begin with one of {', '.join(SCHEMES)}: {url}")
@@ -172,10 +180,12 @@ def open_storage(url: str, timeouts: Timeouts) -> ObjectStorage:
             return ObjectStorage(LocalStore(Path(unquote(parts.path)), mkdir=True), timeouts)
         except OSError as error:
             raise ValueError(f"store_url {url}: {error}") from error
+    credentials = asdict(s3) if s3 is not None and parts.scheme == "s3" else {}
     endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
     try:
         store = from_url(
             url,
+            **credentials,
             client_options={
                 # The deadlines of each call are this module's; a whole stream has none.
                 "timeout": timedelta(hours=12),

@@ -34,8 +34,12 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture(scope="module")
 def on_s3(s3: S3Server, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
+    credentials = s3.environment
     env = {
-        **s3.environment,
+        "AWS_ENDPOINT_URL": s3.endpoint,
+        "AWS_REGION": credentials["AWS_REGION"],
+        "CALUMMA_ADAPTER_STORE_S3_ACCESS_KEY_ID": credentials["AWS_ACCESS_KEY_ID"],
+        "CALUMMA_ADAPTER_STORE_S3_SECRET_ACCESS_KEY": credentials["AWS_SECRET_ACCESS_KEY"],
         "CALUMMA_ADAPTER_STORE_STORE_URL": f"{s3.url}/suite",
         "CALUMMA_ADAPTER_STORE_CACHE_DIR": str(tmp_path_factory.mktemp("blobs")),
         "CALUMMA_ADAPTER_STORE_CACHE_BYTES": str(2**20),  # hardly any: reads go to S3
@@ -87,7 +91,7 @@ def test_corrupt_bytes_in_s3_fail_their_requests_and_nobody_else(
         before = len(on_s3.events)
         on_s3.kill("worker")  # what it held is gone
         on_s3.kill("adapter_store")
-        for process in ("worker", "adapter-store"):
+        for process in ("worker", "adapter_store"):
             on_s3.wait_for(
                 lambda e, p=process: e.get("event") == "listening" and e.get("service") == p,  # type: ignore[misc]
                 60,
