@@ -14,11 +14,11 @@ from pathlib import Path
 import grpc
 import pytest
 
+from bench.suite import free_port_base
 from tests.support.reflected import Reflected
 from tests.support.suite_process import (
     SuiteProcess,
     default_model_folder,
-    free_ports,
     is_alive,
     running_suite,
 )
@@ -216,7 +216,7 @@ def test_a_service_that_dies_at_start_stops_everything_with_1(tmp_path: Path) ->
 
 
 def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
-    base = free_ports(4)
+    base = free_port_base()
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", base + 1))
