@@ -371,7 +371,7 @@ class GenerateChunk(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """May be empty while a character or a possible stop string is incomplete."""
+    """May be empty (and so absent on the wire) while a character or a possible stop string is incomplete."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property

@@ -29,7 +29,9 @@ class StreamTokensRequest(_message.Message):
     gateway_id: _builtins.str
     @_builtins.property
     def resume(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumePoint]:
-        """Where to go on after a broken stream: tokens from next_position on are sent again."""
+        """Where to go on after a broken stream: tokens from next_position on are sent again. What is not named here is sent
+        from its start.
+        """
 
     def __init__(
         self,
@@ -112,7 +114,9 @@ class RequestTokens(_message.Message):
     request_id: _builtins.str
     attempt: _builtins.int
     first_position: _builtins.int
-    """Index of the first of token_ids in the request's output, all attempts counted."""
+    """Index of the first of token_ids in the request's output, all attempts counted. Set on frames without tokens, too:
+    then it is the number of tokens before the end.
+    """
     finish_reason: _common_pb2.FinishReason.ValueType
     """Set on the last frame of a request that ended well or was stopped."""
     @_builtins.property
