@@ -1,0 +1,144 @@
+"""The one thread that touches the engine.
+
+Opening and closing sequences and dropping adapters are collected and done at the front of the next
+step, in the order in which they were asked for, so that a step costs one hop between threads. The
+event loop never waits: a step's end is a callback on it.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from services.worker.engine import (
+    Engine,
+    EngineInfo,
+    SampledToken,
+    Sampling,
+    SequenceFailure,
+    SequenceSpec,
+    StepItem,
+)
+
+_log = structlog.get_logger("engine")
+_Operation = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnded:
+    """What a step gave. `unopened`: its sequences that the engine had refused to open.
+
+    `error` is set when the engine raised; then there are no results.
+    """
+
+    results: list[SampledToken | SequenceFailure]
+    unopened: list[str]
+    start_s: float
+    end_s: float
+    error: Exception | None = None
+
+
+class EngineThread:
+    """Serialises all calls of an engine. Its methods belong to the event loop."""
+
+    def __init__(self, build: Callable[[], Engine]) -> None:
+        self._build = build
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._operations: list[_Operation] = []
+        self._unopened: set[str] = set()  # only the thread touches these two
+        self._engine: Engine | None = None
+
+    async def start(self) -> EngineInfo:
+        """Build the engine and run its first step, which is the slowest. Raises as it does."""
+        self._loop = asyncio.get_running_loop()
+        return await self._loop.run_in_executor(self._executor, self._start)
+
+    def open_sequence(self, spec: SequenceSpec) -> None:
+        self._operations.append(partial(self._open, spec))
+
+    def close_sequence(self, sequence_id: str) -> None:
+        self._operations.append(partial(self._close, sequence_id))
+
+    def remove_adapter(self, digest: str) -> None:
+        self._operations.append(partial(self._remove, digest))
+
+    async def add_adapter(self, digest: str, blob: bytearray) -> None:
+        """Bring an adapter to the device, between two steps. Raises as the engine does."""
+        self.flush()
+        await self._loop.run_in_executor(self._executor, self._add, digest, blob)
+
+    def run_step(self, items: Sequence[StepItem], on_end: Callable[[StepEnded], None]) -> None:
+        """Run a step; `on_end` is called on the event loop."""
+        operations, self._operations = self._operations, []
+        self._executor.submit(self._step, operations, items, on_end)
+
+    def flush(self) -> None:
+        """Do what was collected without waiting for a step."""
+        if self._operations:
+            operations, self._operations = self._operations, []
+            self._executor.submit(self._perform, operations)
+
+    async def stop(self) -> None:
+        """Wait for what was begun, and end the thread."""
+        self.flush()
+        await asyncio.to_thread(self._executor.shutdown)
+
+    # --- on the thread ----------------------------------------------------------------------
+
+    @property
+    def _ready(self) -> Engine:
+        assert self._engine is not None
+        return self._engine
+
+    def _start(self) -> EngineInfo:
+        self._engine = engine = self._build()
+        spec = SequenceSpec("warm-up", (0,), 1, None, Sampling(), max_tokens=1)
+        engine.open_sequence(spec)
+        engine.step([StepItem(spec.sequence_id, 1)])
+        engine.close_sequence(spec.sequence_id)
+        return engine.info
+
+    def _step(
+        self,
+        operations: list[_Operation],
+        items: Sequence[StepItem],
+        on_end: Callable[[StepEnded], None],
+    ) -> None:
+        start_s = time.monotonic()
+        self._perform(operations)
+        unopened = [item.sequence_id for item in items if item.sequence_id in self._unopened]
+        rest = [item for item in items if item.sequence_id not in self._unopened]
+        results: list[SampledToken | SequenceFailure] = []
+        error = None
+        try:
+            results = self._ready.step(rest) if rest else []
+        except Exception as raised:  # noqa: BLE001 - becomes an event; the driver judges it
+            error = raised
+        ended = StepEnded(results, unopened, start_s, time.monotonic(), error)
+        self._loop.call_soon_threadsafe(on_end, ended)
+
+    def _perform(self, operations: list[_Operation]) -> None:
+        for operation in operations:
+            try:
+                operation()
+            except Exception:  # noqa: BLE001 - one bad sequence must not stop the others
+                _log.exception("engine_operation_failed")
+
+    def _open(self, spec: SequenceSpec) -> None:
+        self._unopened.add(spec.sequence_id)
+        self._ready.open_sequence(spec)
+        self._unopened.remove(spec.sequence_id)
+
+    def _close(self, sequence_id: str) -> None:
+        self._unopened.discard(sequence_id)
+        self._ready.close_sequence(sequence_id)
+
+    def _remove(self, digest: str) -> None:
+        self._ready.remove_adapter(digest)
+
+    def _add(self, digest: str, blob: bytearray) -> None:
+        self._ready.add_adapter(digest, blob)

@@ -1,0 +1,238 @@
+"""How adapters come to a worker, and what happens when they do not."""
+
+import asyncio
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext
+
+from calumma.common.v1 import common_pb2
+from services.common.errors import Reason
+from services.worker.engine.simulated import SimulatedEngine
+from tests.support.worker_peers import (
+    INFO,
+    bench,
+    expected_tokens,
+    make_blob,
+    quick_engine,
+    work_item,
+)
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+async def test_twenty_requests_for_one_cold_adapter_make_one_download() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        ref = it.store.add(make_blob(1))
+        items = [work_item(f"r{i}", adapter=ref) for i in range(20)]
+        await it.scheduler.dispatch(*items)
+        await gateway.ended(*(item.request_id for item in items))
+        assert it.store.offsets == [0]
+        for item in items:
+            assert gateway.tokens[item.request_id] == expected_tokens(item)
+            timings = gateway.endings[item.request_id].timings
+            assert timings.adapter_tier == common_pb2.ADAPTER_TIER_STORE
+            assert timings.adapter_load_s > 0
+
+
+async def test_the_tier_says_where_the_adapter_was() -> None:
+    async with bench(engine=_room_for_one_adapter()) as it:
+        gateway = await it.gateway()
+        first, second = it.store.add(make_blob(1)), it.store.add(make_blob(2))
+        tiers = []
+        for number, ref in enumerate((first, first, second, first)):
+            await it.scheduler.dispatch(work_item(f"r{number}", adapter=ref))
+            tiers.append((await gateway.ended(f"r{number}")).timings.adapter_tier)
+        assert tiers == [
+            common_pb2.ADAPTER_TIER_STORE,
+            common_pb2.ADAPTER_TIER_DEVICE,
+            common_pb2.ADAPTER_TIER_STORE,
+            common_pb2.ADAPTER_TIER_HOST,
+        ]
+        assert len(it.store.offsets) == 2
+        assert gateway.endings["r1"].timings.adapter_load_s == 0
+
+
+async def test_a_host_cache_of_no_bytes_downloads_again() -> None:
+    async with bench(engine=_room_for_one_adapter(), host_cache_bytes=0) as it:
+        gateway = await it.gateway()
+        first, second = it.store.add(make_blob(1)), it.store.add(make_blob(2))
+        for number, ref in enumerate((first, second, first)):
+            await it.scheduler.dispatch(work_item(f"r{number}", adapter=ref))
+            await gateway.ended(f"r{number}")
+        assert len(it.store.offsets) == 3
+
+
+async def test_a_hinted_adapter_is_there_when_its_request_comes() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        ref = it.store.add(make_blob(1))
+        bad = common_pb2.AdapterRef(digest="nonsense")
+        await it.scheduler.prefetch(bad, ref)
+        await it.scheduler.until(lambda: any(status.resident for status in it.scheduler.statuses))
+        await it.scheduler.dispatch(work_item("one", adapter=ref))
+        last = await gateway.ended("one")
+        assert last.timings.adapter_tier == common_pb2.ADAPTER_TIER_DEVICE
+
+
+async def test_a_broken_download_is_resumed_where_it_stopped() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        ref = it.store.add(make_blob(1, rank=8))
+        it.store.breaks = 6  # more than the tries that may bring nothing
+        await it.scheduler.dispatch(work_item("one", adapter=ref))
+        assert (await gateway.ended("one")).finish_reason
+        assert len(it.store.offsets) == 7
+        assert it.store.offsets == sorted(it.store.offsets)
+        assert it.store.offsets[-1] > 0
+
+
+async def test_a_silent_download_is_resumed() -> None:
+    async with bench(store_read_timeout_s=0.2) as it:
+        gateway = await it.gateway()
+        ref = it.store.add(make_blob(1))
+        it.store.silences = 1
+        await it.scheduler.dispatch(work_item("one", adapter=ref))
+        assert (await gateway.ended("one")).finish_reason
+        assert len(it.store.offsets) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("absent", Reason.ADAPTER_NOT_FOUND),
+        ("flipped", Reason.ADAPTER_CORRUPT),
+        ("longer", Reason.ADAPTER_CORRUPT),
+        ("down", Reason.STORE_UNAVAILABLE),
+    ],
+)
+async def test_an_adapter_that_does_not_come_fails_its_requests_only(
+    fault: str, reason: Reason
+) -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        there, blob = it.store.add(make_blob(1)), make_blob(2)
+        await it.scheduler.dispatch(work_item("before", adapter=there))
+        await gateway.ended("before")
+        match fault:
+            case "flipped":
+                it.store.blobs[blob.digest] = blob.data[:-1] + b"!"
+            case "longer":
+                it.store.blobs[blob.digest] = blob.data + b"!"
+            case "down":
+                await it.store.close()
+            case _:
+                assert fault == "absent"
+        bad = [work_item(f"bad-{i}", adapter=blob.ref) for i in range(3)]
+        good = [work_item("resident", adapter=there), work_item("base")]
+        await it.scheduler.dispatch(*bad, *good)
+        await gateway.ended("resident", "base", *(item.request_id for item in bad))
+        for item in bad:
+            error = gateway.endings[item.request_id].error
+            assert error.reason == reason
+            assert error.stage == "adapter_load"
+            await it.scheduler.has_finished(item.request_id)
+        for item in good:
+            assert gateway.tokens[item.request_id] == expected_tokens(item)
+
+
+async def test_an_adapter_that_came_late_is_asked_for_again() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        blob = make_blob(1)
+        await it.scheduler.dispatch(work_item("early", adapter=blob.ref))
+        assert (await gateway.ended("early")).error.reason == Reason.ADAPTER_NOT_FOUND
+        it.store.add(blob)
+        await it.scheduler.dispatch(work_item("late", adapter=blob.ref))
+        assert (await gateway.ended("late")).finish_reason
+
+
+async def test_an_adapter_of_another_shape_is_refused_by_name() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        blob = make_blob(1)
+        broken = blob.data.replace(b'"dtype":"BF16"', b'"dtype":"XX16"')
+        fake = type(blob)(broken, blob.rank)
+        it.store.add(fake)
+        await it.scheduler.dispatch(work_item("one", adapter=fake.ref))
+        assert (await gateway.ended("one")).error.reason == Reason.ADAPTER_BASE_MISMATCH
+
+
+async def test_one_waiter_that_leaves_does_not_take_the_adapter_from_the_others() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        it.store.gate.clear()
+        ref = it.store.add(make_blob(1))
+        await it.scheduler.dispatch(
+            work_item("leaves", adapter=ref), work_item("waits", adapter=ref)
+        )
+        await asyncio.sleep(0.05)
+        await it.scheduler.abort("leaves")
+        await gateway.ended("leaves")
+        it.store.gate.set()
+        await gateway.ended("waits")
+        assert gateway.tokens["waits"] == expected_tokens(work_item("waits"))
+        assert it.store.offsets == [0]
+
+
+async def test_many_adapters_share_little_memory_and_every_request_ends_once() -> None:
+    async with bench(engine=quick_engine(step_ms=1, pool_blocks=60)) as it:
+        gateway = await it.gateway()
+        refs = [it.store.add(make_blob(number)) for number in range(12)]
+        items = [work_item(f"r{i}", adapter=refs[i % 12], max_tokens=30) for i in range(48)]
+        for item in items:
+            item.predicted_output_tokens = 1 + sum(item.request_id.encode()) % 30
+        await it.scheduler.dispatch(*items)
+        await gateway.ended(
+            *(item.request_id for item in items),
+        )
+        for item in items:
+            assert gateway.tokens[item.request_id] == expected_tokens(item)
+        for item in items:
+            await it.scheduler.has_finished(item.request_id)
+        assert {len(reports) for reports in it.scheduler.finished.values()} == {1}
+        assert set(gateway.ending_frames.values()) == {1}
+
+
+async def test_the_download_joins_the_trace_of_the_first_request_that_waits() -> None:
+    spans = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    tracer = provider.get_tracer("test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("services.common.telemetry.tracer", lambda: tracer)
+        async with bench() as it:
+            gateway = await it.gateway()
+            ref = it.store.add(make_blob(1))
+            await it.scheduler.dispatch(
+                work_item("one", adapter=ref, traceparent=TRACEPARENT),
+                work_item("two", adapter=ref, traceparent=TRACEPARENT),
+            )
+            await gateway.ended("one", "two")
+    mine = [span for span in spans.get_finished_spans() if span.name in STAGES]
+    assert sorted(span.name for span in mine) == sorted(STAGES * 2)
+    trace_id = int(TRACEPARENT.split("-")[1], 16)
+    assert {_context(span).trace_id for span in mine} == {trace_id}
+    loads = [span for span in mine if span.name == "adapter_load"]
+    tiers = [(span.attributes or {}).get("lora.adapter.cache_tier") for span in loads]
+    assert tiers == ["store", "store"]
+    header = it.store.metadata[0]["traceparent"]
+    assert int(header.split("-")[2], 16) in {_context(span).span_id for span in loads}
+
+
+def _context(span: ReadableSpan) -> SpanContext:
+    context = span.get_span_context()
+    assert context is not None
+    return context
+
+
+def _room_for_one_adapter() -> SimulatedEngine:
+    """Memory for one adapter and one request: a second adapter drives the first one out."""
+    blocks = -(-len(make_blob(1).data) // INFO.block_bytes)
+    return quick_engine(pool_blocks=blocks + 4)
+
+
+STAGES = ["adapter_load", "prefill", "decode"]

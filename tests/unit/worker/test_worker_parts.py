@@ -1,0 +1,132 @@
+"""The host cache, the engine's thread, reports and settings."""
+
+import asyncio
+import threading
+
+import pytest
+
+from services.common.config import load_settings
+from services.core.types import Adapter, AdapterDigest, Attempt, RequestId
+from services.worker.config import WorkerSettings
+from services.worker.engine import EngineInfo, Sampling, SequenceSpec, StepItem
+from services.worker.engine_thread import EngineThread, StepEnded
+from services.worker.outputs import Finish
+from services.worker.reports import PENDING_MAX, Finished, Reports
+from services.worker.residency import HostCache
+from tests.support.worker_peers import INFO, FaultyEngine, quick_engine
+
+
+def _adapter(number: int, size_bytes: int = 10) -> Adapter:
+    return Adapter(AdapterDigest(f"sha256:{number:064x}"), 8, size_bytes)
+
+
+def test_the_host_cache_drops_the_least_recently_used_blob() -> None:
+    cache = HostCache(bytes_max=30)
+    one, two, three, four = (_adapter(number) for number in range(1, 5))
+    for adapter in (one, two, three):
+        cache.put(adapter, bytearray(10))
+    assert cache.get(one.digest) is not None
+    cache.put(four, bytearray(10))
+    assert [adapter.digest for adapter in cache.adapters()] == [
+        three.digest,
+        one.digest,
+        four.digest,
+    ]
+    assert cache.get(two.digest) is None
+    assert cache.held_bytes == 30
+
+
+def test_a_blob_larger_than_the_host_cache_drives_nothing_out() -> None:
+    cache = HostCache(bytes_max=30)
+    cache.put(_adapter(1), bytearray(10))
+    cache.put(_adapter(2), bytearray(31))
+    assert [adapter.digest for adapter in cache.adapters()] == [_adapter(1).digest]
+
+
+def test_reports_are_kept_only_while_a_stream_is_open() -> None:
+    async def run() -> None:
+        reports = Reports()
+        report = Finished(Attempt(RequestId("one")), Finish.STOP, 3)
+        reports.add(report)
+        assert reports.take() == []
+        reports.open()
+        reports.add(report)
+        assert reports.take() == [report]
+        for _ in range(PENDING_MAX + 5):
+            reports.add(report)
+        assert reports.has_overflowed
+        assert len(reports.take()) == PENDING_MAX + 1
+
+    asyncio.run(run())
+
+
+class _Watched(FaultyEngine):
+    """Notes which thread it is called from; refuses one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__(quick_engine())
+        self.threads: set[str] = set()
+
+    @property
+    def info(self) -> EngineInfo:
+        self.threads.add(threading.current_thread().name)
+        return super().info
+
+    def open_sequence(self, spec: SequenceSpec) -> None:
+        self.threads.add(threading.current_thread().name)
+        if spec.sequence_id == "refused":
+            raise ValueError("no")
+        super().open_sequence(spec)
+
+    def close_sequence(self, sequence_id: str) -> None:
+        self.threads.add(threading.current_thread().name)
+        super().close_sequence(sequence_id)
+
+
+async def test_one_thread_makes_all_calls_in_order_and_one_bad_sequence_harms_no_other() -> None:
+    engine = _Watched()
+    thread = EngineThread(lambda: engine)
+    assert await thread.start() == INFO
+    ended: asyncio.Future[StepEnded] = asyncio.get_running_loop().create_future()
+    for name in ("refused", "fine"):
+        thread.open_sequence(SequenceSpec(name, (1, 2), 2, None, Sampling(), max_tokens=5))
+    thread.run_step([StepItem("refused", 2), StepItem("fine", 2)], ended.set_result)
+    result = await asyncio.wait_for(ended, 5)
+    assert result.unopened == ["refused"]
+    assert [token.sequence_id for token in result.results] == ["fine"]
+    assert result.error is None
+    for name in ("refused", "fine"):
+        thread.close_sequence(name)
+    await thread.stop()
+    assert engine.open == set()
+    assert {name.rsplit("_", 1)[0] for name in engine.threads} == {"engine"}
+
+
+async def test_a_step_that_raises_is_an_event() -> None:
+    engine = FaultyEngine(quick_engine())
+    thread = EngineThread(lambda: engine)
+    await thread.start()
+    engine.raises = 1
+    ended: asyncio.Future[StepEnded] = asyncio.get_running_loop().create_future()
+    thread.open_sequence(SequenceSpec("one", (1,), 1, None, Sampling(), max_tokens=5))
+    thread.run_step([StepItem("one", 1)], ended.set_result)
+    result = await asyncio.wait_for(ended, 5)
+    assert isinstance(result.error, ArithmeticError)
+    assert result.results == []
+    await thread.stop()
+
+
+def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CALUMMA_WORKER_MAX_REQUESTS", "7")
+    monkeypatch.setenv("CALUMMA_WORKER_THREADS", "3")
+    settings = load_settings(WorkerSettings, ["--threads=1", "--engine=simulated"])
+    assert (settings.max_requests, settings.threads, settings.engine) == (7, 1, "simulated")
+    assert settings.thread_count == 1
+    assert settings.worker_id != load_settings(WorkerSettings, []).worker_id
+
+
+@pytest.mark.parametrize("flag", ["--threads=0", "--scheduler=nowhere", "--dtype=int3", "--nope=1"])
+def test_a_bad_setting_ends_the_process_with_code_2(flag: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        load_settings(WorkerSettings, [flag])
+    assert end.value.code == 2
