@@ -78,20 +78,22 @@ class AdapterDownloads:
             await asyncio.sleep(backoff.next_delay_s())
 
     async def _receive(self, adapter: Adapter, blob: bytearray) -> None:
-        """Append to `blob` all that it lacks."""
+        """Append to `blob` all that it lacks, and let the store end the call."""
         call = self._stub.Download(
             pb.DownloadRequest(digest=adapter.digest, offset=len(blob)),
             metadata=call_metadata(),
             timeout=DOWNLOAD_S_MAX,
         )
         try:
-            while len(blob) < adapter.size_bytes:
+            while True:
                 message = await asyncio.wait_for(call.read(), self._read_timeout_s)
                 if message is grpc.aio.EOF:
-                    raise _corrupt(adapter, f"the store ended it after {len(blob)} bytes")
+                    break
                 _append(cast("pb.DownloadResponse", message), adapter, blob)
         finally:
             call.cancel()
+        if len(blob) < adapter.size_bytes:
+            raise _corrupt(adapter, f"the store ended it after {len(blob)} bytes")
 
 
 def _append(part: pb.DownloadResponse, adapter: Adapter, blob: bytearray) -> None:
