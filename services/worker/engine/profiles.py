@@ -1,0 +1,113 @@
+"""How long hardware takes, as the simulated engine believes it.
+
+`a40-llama-7b`: Llama-7B in fp16 on one A40 with 60,000 cached tokens. The coefficients are a fit to
+single-request times to first token published for adapters of rank 8 to 128 (74.1, 78.7, 88.1, 106.8
+and 144.2 ms) and to the shares of loading and adapter compute in them; modelled, not measured.
+`cpu-smollm2`: SmolLM2-135M in bf16 on two idle CPU cores, rounded from this engine's own steps.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What one step computes. A sum over ranks counts the adapter of each sequence."""
+
+    prefill_tokens: int
+    prefill_rank_tokens: int  # sum of tokens x rank
+    decode_sequences: int
+    decode_ranks: int
+    cached_tokens: int  # context of the decoding sequences
+    has_adapters: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareProfile:
+    """A device and the model on it. Coefficients in milliseconds.
+
+    A step reads the weights once (`weights_ms`) or computes longer than that; the rest is added.
+    """
+
+    name: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_context_tokens: int
+    kv_bytes_per_token: int
+    memory_bytes: int
+    fixed_ms: float
+    weights_ms: float
+    token_ms: float  # per prefill token
+    sequence_ms: float  # per decoding sequence
+    cached_token_ms: float
+    prefill_lora_ms: float  # once, when a prefill chunk is in the step
+    decode_lora_ms: float  # once, when there is none
+    rank_token_ms: float
+    decode_rank_ms: float
+    load_bytes_per_s: float  # host to device
+
+    def step_s(self, load: StepLoad) -> float:
+        compute_ms = max(self.weights_ms, self.token_ms * load.prefill_tokens)
+        decode_ms = (
+            self.sequence_ms * load.decode_sequences + self.cached_token_ms * load.cached_tokens
+        )
+        return (self.fixed_ms + compute_ms + decode_ms + self._lora_ms(load)) / 1000
+
+    def load_s(self, size_bytes: int) -> float:
+        return size_bytes / self.load_bytes_per_s
+
+    def _lora_ms(self, load: StepLoad) -> float:
+        if not load.has_adapters:
+            return 0.0
+        launch_ms = self.prefill_lora_ms if load.prefill_tokens else self.decode_lora_ms
+        return (
+            launch_ms
+            + self.rank_token_ms * load.prefill_rank_tokens
+            + self.decode_rank_ms * load.decode_ranks
+        )
+
+
+_LLAMA_7B_KV_BYTES = 2 * 32 * 4096 * 2
+_SMOLLM2_KV_BYTES = 2 * 30 * 3 * 64 * 2
+
+PROFILES: Final = {
+    profile.name: profile
+    for profile in (
+        HardwareProfile(
+            name="a40-llama-7b",
+            vocab_size=32_000,
+            eos_token_ids=(2,),
+            max_context_tokens=4096,
+            kv_bytes_per_token=_LLAMA_7B_KV_BYTES,
+            memory_bytes=60_000 * _LLAMA_7B_KV_BYTES,
+            fixed_ms=6.0,
+            weights_ms=19.4,
+            token_ms=0.173,
+            sequence_ms=0.1,
+            cached_token_ms=1.08e-3,
+            prefill_lora_ms=11.5,
+            decode_lora_ms=5.0,
+            rank_token_ms=1.29e-3,
+            decode_rank_ms=0.0042,
+            load_bytes_per_s=10.15 * 2**20 * 1000,
+        ),
+        HardwareProfile(
+            name="cpu-smollm2",
+            vocab_size=49_152,
+            eos_token_ids=(2,),
+            max_context_tokens=2048,
+            kv_bytes_per_token=_SMOLLM2_KV_BYTES,
+            memory_bytes=2 * 2**30,
+            fixed_ms=4.0,
+            weights_ms=4.0,
+            token_ms=0.4,
+            sequence_ms=0.55,
+            cached_token_ms=1.0e-3,
+            prefill_lora_ms=4.0,
+            decode_lora_ms=4.0,
+            rank_token_ms=0.6e-3,
+            decode_rank_ms=0.01,
+            load_bytes_per_s=2.0e9,
+        ),
+    )
+}
