@@ -29,7 +29,6 @@ pytestmark = [
     pytest.mark.skipif(not _MODEL.is_dir(), reason=f"{DEFAULT_MODEL} is not in {_MODEL}"),
     pytest.mark.skipif(not _FOLDERS, reason=f"no adapters in {_ADAPTERS}"),
     # PEFT reads an attribute that transformers deprecates.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 
 

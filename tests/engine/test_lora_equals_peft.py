@@ -22,9 +22,6 @@ from tests.engine.engine_support import (
 )
 from tests.engine.peft_blob import peft_blob
 
-# PEFT reads an attribute that transformers deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 _Blobs = dict[str, tuple[str, bytearray]]
 _World = tuple[Path, _Blobs, dict[tuple[str, int], list[int]]]
 
