@@ -53,4 +53,4 @@ def _share_cores() -> None:
     are such neighbours. Set either variable to choose otherwise.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "100")
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
