@@ -1,10 +1,12 @@
 """Does each example adapter do its own job through the whole suite, and can the base not?
 
 Held-out inputs of every machine-checkable task go through gateway, scheduler and worker, all tasks
-mixed in the same batches: once with the task's adapter, once with the base model.
+mixed in the same batches: with the task's adapter, with the base model, and with the base model
+that is told its job by a system message.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 from bench.load import Job, LoadResult, run_jobs
@@ -29,31 +31,32 @@ def run(*, quick: bool) -> Report:
         for task in tasks
         for example in task.make_examples("heldout", per_task, _SEED)
     ]
+    ways: dict[str, Callable[[Task, Example], Job]] = {
+        "adapter": lambda task, example: Job(example.prompt, task.name, task.max_tokens),
+        "base": lambda task, example: Job(example.prompt, "", task.max_tokens),
+        "base_told": lambda task, example: Job(
+            example.prompt, "", task.max_tokens, system=task.description
+        ),
+    }
     with running_suite() as suite:
-        adapted = asyncio.run(_answers(suite.gateway, cases, use_adapter=True))
-        base = asyncio.run(_answers(suite.gateway, cases, use_adapter=False))
+        answers = {
+            way: asyncio.run(
+                run_jobs(suite.gateway, [job(*case) for case in cases], concurrency=_CONCURRENCY)
+            )
+            for way, job in ways.items()
+        }
     rows = [
         {
             "task": task.name,
             "rank": task.rank,
             "cases": per_task,
-            "adapter": _share(task, cases, adapted),
-            "base": _share(task, cases, base),
+            **{way: _share(task, cases, result) for way, result in answers.items()},
         }
         for task in tasks
     ]
-    return Report(rows, [Target("tasks that the adapter does and the base cannot", TASKS_MIN,
-                                sum(map(_shows, rows)), "tasks")])  # fmt: skip
-
-
-async def _answers(
-    gateway: str, cases: list[tuple[Task, Example]], *, use_adapter: bool
-) -> LoadResult:
-    jobs = [
-        Job(example.prompt, task.name if use_adapter else "", task.max_tokens)
-        for task, example in cases
-    ]
-    return await run_jobs(gateway, jobs, concurrency=_CONCURRENCY)
+    shown = sum(_shows(row) for row in rows)
+    target = Target("tasks that the adapter does and the base cannot", TASKS_MIN, shown, "tasks")
+    return Report(rows, [target])
 
 
 def _share(task: Task, cases: list[tuple[Task, Example]], result: LoadResult) -> float:
@@ -66,4 +69,5 @@ def _share(task: Task, cases: list[tuple[Task, Example]], result: LoadResult) ->
 
 
 def _shows(row: Row) -> bool:
-    return bool(row["adapter"] >= ADAPTER_SHARE_MIN and row["base"] < BASE_SHARE_MAX)
+    base = max(row["base"], row["base_told"])
+    return bool(row["adapter"] >= ADAPTER_SHARE_MIN and base < BASE_SHARE_MAX)

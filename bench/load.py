@@ -21,6 +21,16 @@ class Job:
     adapter: str
     max_tokens: int
     exact_tokens: bool = False
+    system: str = ""
+
+    @property
+    def messages(self) -> list[gateway_pb2.ChatMessage]:
+        """The conversation that is sent."""
+        turns = [("system", self.system)] if self.system else []
+        return [
+            gateway_pb2.ChatMessage(role=role, content=content)
+            for role, content in [*turns, ("user", self.prompt)]
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +73,7 @@ async def run_jobs(address: str, jobs: Sequence[Job], *, concurrency: int) -> Lo
 
 async def _stream(stub: "gateway_pb2_grpc.InferenceServiceAsyncStub", job: Job) -> Outcome:
     request = gateway_pb2.GenerateStreamRequest(
-        chat=gateway_pb2.ChatMessages(
-            messages=[gateway_pb2.ChatMessage(role="user", content=job.prompt)]
-        ),
+        chat=gateway_pb2.ChatMessages(messages=job.messages),
         adapter=job.adapter,
         stopping=common_pb2.StopConditions(max_tokens=job.max_tokens, ignore_eos=job.exact_tokens),
     )
