@@ -71,7 +71,7 @@ def up(
     endpoints = Endpoints.on_loopback(port_base, workers)
     check_ports(endpoints)
     plan = Plan(
-        model=_fetched(model, home),
+        model=_fetched(model, home, needs_weights=engine != "simulated"),
         endpoints=endpoints,
         home=home.resolve() if home else None,
         engine=engine,
@@ -86,10 +86,12 @@ def up(
     asyncio.run(_run(plan, folders, view, ready_timeout_s=ready_timeout))
 
 
-def _fetched(model: str, home: Path | None) -> str:
+def _fetched(model: str, home: Path | None, *, needs_weights: bool) -> str:
     """The model as services can find it: its absolute folder, or its hub id, pulled by now."""
     if Path(model).expanduser().is_dir():
-        return str(base_model.locate(model))
+        folder = base_model.locate(model)
+        (base_model.check_folder if needs_weights else base_model.load_config)(folder)
+        return str(folder)
     if base_model.pulled_folder(model, home=home).is_dir():
         base_model.check_folder(base_model.pulled_folder(model, home=home))
         return model
