@@ -10,6 +10,8 @@ from tests.support.otlp import OtlpReceiver, ReceivedSpan
 
 pytestmark = pytest.mark.model
 STAGES = {"queue", "adapter_load", "prefill", "decode", "stream"}
+DOWNLOAD = "calumma.adapter_store.v1.AdapterStoreService/Download"
+GENERATE = "calumma.gateway.v1.InferenceService/Generate"
 
 
 def test_a_cold_request_is_one_tree_of_spans_over_four_services(
@@ -29,7 +31,8 @@ def test_a_cold_request_is_one_tree_of_spans_over_four_services(
         metadata=(("traceparent", f"00-{trace_id}-b7ad6b7169203331-01"),),
     )
 
-    otlp.wait_for(lambda o: {s.name for s in _of(o, trace_id)} >= STAGES, timeout_s=10)
+    expected = {*STAGES, DOWNLOAD, GENERATE}
+    otlp.wait_for(lambda o: {s.name for s in _of(o, trace_id)} >= expected, timeout_s=15)
     spans = _of(otlp, trace_id)
     by_name = {span.name: span for span in spans}
     assert {span.service for span in spans} == {
@@ -38,7 +41,7 @@ def test_a_cold_request_is_one_tree_of_spans_over_four_services(
         "calumma-worker",
         "calumma-adapter_store",
     }
-    root = by_name["calumma.gateway.v1.InferenceService/Generate"]
+    root = by_name[GENERATE]
     assert root.parent_id == "b7ad6b7169203331"
     generation = next(span for span in spans if span.name.startswith("text_completion "))
     assert generation.parent_id == root.span_id
@@ -46,7 +49,7 @@ def test_a_cold_request_is_one_tree_of_spans_over_four_services(
     for stage in STAGES:
         assert by_name[stage].parent_id == generation.span_id, stage
         assert root.start_ns <= by_name[stage].start_ns <= by_name[stage].end_ns, stage
-    download = by_name["calumma.adapter_store.v1.AdapterStoreService/Download"]
+    download = by_name[DOWNLOAD]
     assert _ancestors(download, spans) >= {by_name["adapter_load"].span_id}
     assert by_name["adapter_load"].attributes["lora.adapter.digest"] == response.adapter.digest
     assert by_name["adapter_load"].attributes["lora.adapter.cache_tier"] == "store"

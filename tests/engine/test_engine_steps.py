@@ -179,7 +179,7 @@ def test_waiting_threads_give_their_core_away_unless_told_otherwise(
 ) -> None:
     monkeypatch.setattr(os, "environ", {})
     _share_cores()
-    assert os.environ == {"GOMP_SPINCOUNT": "100"}
+    assert os.environ == {"GOMP_SPINCOUNT": "2000"}
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     _share_cores()
     assert os.environ == {"OMP_WAIT_POLICY": "active"}
