@@ -23,15 +23,22 @@ def find_examples(folder: Path | None) -> dict[str, Path]:
 
 
 def sample_prompts(names: Iterable[str], folders: Mapping[str, Path]) -> dict[str, str]:
-    """A prompt that shows the adapter's job, where the scores beside it name a short one."""
+    """A prompt that shows the adapter's job, where the scores beside it name a short one.
+
+    Those that are right most often come first.
+    """
     prompts: dict[str, str] = {}
+    shares: dict[str, float] = {}
     for name in names:
         scores = _scores(folders[name].parent / SCORES_FILE)
-        entry = scores.get(name)
-        prompt = entry.get("sample_prompt") if isinstance(entry, dict) else None
+        entry: Any = scores.get(name)
+        if not isinstance(entry, dict):
+            continue
+        prompt, share = entry.get("sample_prompt"), entry.get("adapter")
         if isinstance(prompt, str) and len(prompt) <= _PROMPT_CHARACTERS_MAX and "\n" not in prompt:
             prompts[name] = prompt
-    return prompts
+            shares[name] = share if isinstance(share, float) else 0.0
+    return {name: prompts[name] for name in sorted(prompts, key=lambda n: -shares[n])}
 
 
 def _scores(path: Path) -> Mapping[str, Any]:
