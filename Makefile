@@ -48,8 +48,9 @@ laws: setup
 	$(BIN)/lint-imports
 
 protos: setup
-	rm -rf gen/calumma
-	$(call protoc,gen)
+	rm -rf .cache/gen && mkdir -p .cache/gen gen
+	$(call protoc,.cache/gen)
+	rm -rf gen/calumma && mv .cache/gen/calumma gen/calumma
 
 # Lint, drift of the committed stubs, and compatibility with what main has.
 protos-check: setup
