@@ -25,8 +25,10 @@ def main() -> None:
     async def run() -> Worker:
         try:
             worker = await start(settings, on_failure=lambda: signal.raise_signal(signal.SIGTERM))
-        except (BaseModelError, ValueError) as error:
-            structlog.get_logger("worker").error("cannot_start", error=str(error))
+        except (BaseModelError, ModuleNotFoundError, ValueError) as error:
+            is_missing = isinstance(error, ModuleNotFoundError)
+            hint = "pip install 'calumma[worker]'" if is_missing else None
+            structlog.get_logger("worker").error("cannot_start", error=str(error), hint=hint)
             sys.exit(1)
         workers.append(worker)
         return worker
