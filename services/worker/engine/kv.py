@@ -13,14 +13,13 @@ for the next, and a NaN in a stale position could not be masked away.
 """
 
 import heapq
+import mmap
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from services.common.base_model import ModelConfig
-
-_CACHE_LINE_BYTES = 64
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -82,8 +81,9 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy asks the system for zeroed pages, which exist once touched; torch.zeros touches them.
-    size = int(np.prod(shape)) * dtype.itemsize
-    buffer = torch.from_numpy(np.zeros(size + _CACHE_LINE_BYTES, dtype=np.uint8))
-    skip = -buffer.data_ptr() % _CACHE_LINE_BYTES
-    return buffer[skip : skip + size].view(dtype).view(shape)
+    # Anonymous memory exists once touched; torch.zeros would touch it. Not in huge pages: each of
+    # the many strips would commit megabytes at its first token.
+    memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
