@@ -57,7 +57,8 @@ def load_settings(cls: type[Settings], argv: Sequence[str] | None = None) -> Set
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
-            print(f"{name}: {problem['msg']}", file=sys.stderr)  # noqa: T201
+            message = f"{name}: {problem['msg']}" if name else problem["msg"]
+            print(message, file=sys.stderr)  # noqa: T201
     except SettingsError as error:
         print(str(error), file=sys.stderr)  # noqa: T201
     sys.exit(2)

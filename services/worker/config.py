@@ -3,16 +3,17 @@
 import os
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 from uuid import uuid4
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.common.base_model import DEFAULT_MODEL
 from services.common.config import ServiceSettings
 
 _ADDRESS = r"^.+:\d{1,5}$"
+_WILDCARDS = {"0.0.0.0", "[::]", "*"}
 
 
 class WorkerSettings(ServiceSettings):
@@ -81,6 +82,14 @@ class WorkerSettings(ServiceSettings):
         description="a gateway without a token stream for so long has its requests ended",
     )
     seed: int = Field(default=0, ge=0, description="seed of the simulated engine")
+
+    @model_validator(mode="after")
+    def _check_advertise(self) -> Self:
+        """Gateways elsewhere can't dial a wildcard."""
+        host = self.listen.rpartition(":")[0]
+        if self.advertise is None and host in _WILDCARDS:
+            raise ValueError(f"a worker that listens on {host} needs advertise")
+        return self
 
     @property
     def thread_count(self) -> int:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+from pydantic import ValidationError
 
 from services.common.config import load_settings
 from services.core.types import Adapter, AdapterDigest, Attempt, RequestId
@@ -130,3 +131,9 @@ def test_a_bad_setting_ends_the_process_with_code_2(flag: str) -> None:
     with pytest.raises(SystemExit) as end:
         load_settings(WorkerSettings, [flag])
     assert end.value.code == 2
+
+
+def test_a_worker_on_all_interfaces_must_say_what_gateways_dial() -> None:
+    with pytest.raises(ValidationError, match="needs advertise"):
+        WorkerSettings(listen="0.0.0.0:7102")
+    assert WorkerSettings(listen="0.0.0.0:7102", advertise="here:7102").advertise == "here:7102"
