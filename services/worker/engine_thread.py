@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import structlog
 
@@ -24,6 +25,7 @@ from services.worker.engine import (
     StepItem,
 )
 
+WARM_UP_TOKENS: Final = 64  # a prompt of the usual kind: first steps take several times longer
 _log = structlog.get_logger("engine")
 _Operation = Callable[[], None]
 
@@ -53,7 +55,7 @@ class EngineThread:
         self._engine: Engine | None = None
 
     async def start(self) -> EngineInfo:
-        """Build the engine and run its first step, which is the slowest. Raises as it does."""
+        """Build the engine and run its first steps, which are the slowest. Raises as it does."""
         self._loop = asyncio.get_running_loop()
         return await self._loop.run_in_executor(self._executor, self._start)
 
@@ -96,8 +98,10 @@ class EngineThread:
 
     def _start(self) -> EngineInfo:
         self._engine = engine = self._build()
-        spec = SequenceSpec("warm-up", (0,), 1, None, Sampling(), max_tokens=1)
+        tokens = min(WARM_UP_TOKENS, engine.info.max_context_tokens - 1)
+        spec = SequenceSpec("warm-up", (0,) * tokens, tokens, None, Sampling(), max_tokens=2)
         engine.open_sequence(spec)
+        engine.step([StepItem(spec.sequence_id, tokens)])
         engine.step([StepItem(spec.sequence_id, 1)])
         engine.close_sequence(spec.sequence_id)
         return engine.info
