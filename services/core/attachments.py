@@ -88,7 +88,8 @@ def _unwanted_cause(state: Whereabouts, attempt: Attempt) -> str | None:
         return "superseded"
     if live is not None and live.attempt == attempt and live.worker_id is not None:
         return "duplicate"  # it runs at another worker
-    if claim is not None and claim.attempt == attempt and claim.is_cancelled:
+    is_cancelled = claim is not None and claim.attempt == attempt and claim.is_cancelled
+    if is_cancelled or attempt in state.cancelled:
         return "cancelled"
     return None
 

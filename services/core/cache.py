@@ -11,7 +11,7 @@ cache leaves, until memory forces it out. Who may be forced out:
 This module keeps the entries and ranks victims. Blocks are counted by `services.core.pool`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from services.core.events import ResidentAdapter
@@ -72,6 +72,10 @@ class AdapterCache:
     def loading(self) -> int:
         """Loads under way."""
         return len(self._loading)
+
+    def downloads(self, near: Container[AdapterDigest]) -> int:
+        """Loads under way of adapters that are not near, in host memory."""
+        return sum(digest not in near for digest in self._loading)
 
     @property
     def evictable_blocks(self) -> int:

@@ -11,6 +11,8 @@ Rules:
 - A request that was refused memory is not tried again before some is freed: dispatches only ever
   make the others' need and the free memory smaller by the same adapter, so a refusal stands.
 - A later attempt supersedes an earlier one; known attempts are ignored.
+- A cancelled attempt that nobody knows is remembered for a worker's grace period: a scheduler that
+  has restarted may hear of it from the gateway before it hears from the worker that runs it.
 - A request that no known worker could ever run is rejected, at submission or when it is offered.
 - Hints name the adapters of queued requests that their likely worker lacks (S-LoRA prefetches for
   its next batch), and are sent only when they change.
@@ -81,7 +83,7 @@ class ClusterScheduler:
             case RequestSubmitted(request):
                 self._submit(request, now=now)
             case RequestCancelled(attempt, cause):
-                self._cancel(attempt, cause)
+                self._cancel(attempt, cause, now=now)
             case GatewayAttached():
                 attach_gateway(state, event, now=now)
             case GatewayDetached():
@@ -120,6 +122,7 @@ class ClusterScheduler:
             state.worker_grace.next_s(),
             state.gateway_grace.next_s(),
             state.claim_grace.next_s(),
+            state.cancelled.next_s(),
             self._next_without_worker_s(),
             self._policy.next_deadline(now=self._now),
             self._hints_due_s,
@@ -181,13 +184,16 @@ class ClusterScheduler:
             return
         state.out.append(Reject(request.gateway_id, request.attempt, reason, retry_after_s))
 
-    def _cancel(self, attempt: Attempt, cause: str) -> None:
-        live = self._state.live.get(attempt.request_id)
-        claim = self._state.claims.get(attempt.request_id)
+    def _cancel(self, attempt: Attempt, cause: str, *, now: float) -> None:
+        state = self._state
+        live = state.live.get(attempt.request_id)
+        claim = state.claims.get(attempt.request_id)
         if live is not None and live.attempt == attempt:
-            self._state.stop(live, cause)
+            state.stop(live, cause)
         elif claim is not None and claim.attempt == attempt:
             claim.is_cancelled = True
+        elif not state.knows(attempt):  # a worker that is not here yet may bring it
+            state.cancelled.set(attempt, at_s=now + self._config.worker_grace_s)
 
     def _report(self, event: WorkerReported) -> None:
         worker = self._state.workers.get(event.worker_id)
@@ -226,6 +232,7 @@ class ClusterScheduler:
             lose_gateway(state, gateway_id)
         for request_id in state.claim_grace.pop_due(now):
             settle_claim(state, request_id)
+        state.cancelled.pop_due(now)
 
     def _reject_without_worker(self, now: float) -> None:
         if self._open:

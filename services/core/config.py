@@ -29,7 +29,7 @@ class ReplicaConfig:
     """Limits of one worker's scheduling."""
 
     prefill_tokens_per_step: int = 256
-    max_loads: int = 4  # at once
+    max_loads: int = 4  # at once, of adapters that are not in host memory
     max_hint_loads: int = 2  # of those, for requests that are not here yet
     max_hints: int = 64  # the rest of a longer hint is ignored
     eviction: str = "lru"  # see services.core.eviction

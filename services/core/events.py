@@ -174,6 +174,13 @@ class AdaptersWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class HostCacheChanged:
+    """What the worker has in host memory now: loading these needs no download."""
+
+    digests: frozenset[AdapterDigest]
+
+
+@dataclass(frozen=True, slots=True)
 class StepFinished:
     """The step that RunStep asked for has ended.
 
@@ -191,5 +198,6 @@ ReplicaEvent = (
     | AdapterLoaded
     | AdapterLoadFailed
     | AdaptersWanted
+    | HostCacheChanged
     | StepFinished
 )

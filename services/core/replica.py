@@ -15,6 +15,8 @@ Rules:
   youngest request is preempted and recomputes its known tokens later (`memory`, `batching`). Its
   adapter is then among the most urgent wanted ones, but not fixed: a fixed one could keep the
   oldest request from its memory for ever. Chameleon does not preempt; predictions fail, so we do.
+- Of adapters that must be downloaded, `max_loads` are under way at once. One in host memory does
+  not wait for them: a store that hangs holds back nobody who does not need it.
 - Hints are loaded while nobody waits for memory, into blocks that are not promised and that no
   wanted adapter holds.
 - Failed loads are not repeated here: whoever does the I/O knows what is worth a retry.
@@ -40,6 +42,7 @@ from services.core.events import (
     AdapterLoaded,
     AdapterLoadFailed,
     AdaptersWanted,
+    HostCacheChanged,
     LoadFailure,
     ReplicaEvent,
     RequestAborted,
@@ -76,6 +79,7 @@ class ReplicaScheduler:
         self._roster = Roster()
         self._step: dict[RequestId, tuple[Sequence, StepWork]] | None = None
         self._hints: tuple[Adapter, ...] = ()
+        self._near: frozenset[AdapterDigest] = frozenset()  # in host memory
         self._deadlines: Timers[Attempt] = Timers()
         self._out: list[ReplicaDecision] = []
 
@@ -93,6 +97,8 @@ class ReplicaScheduler:
                 self._on_load_failed(event, now=now)
             case AdaptersWanted(adapters):
                 self._hints = adapters[: self._config.max_hints]
+            case HostCacheChanged(digests):
+                self._near = digests
             case StepFinished():
                 self._on_step_finished(event, now=now)
             case _:
@@ -211,12 +217,11 @@ class ReplicaScheduler:
         cache = self._memory.cache
         for sequence in list(self._roster.waiting):
             adapter = sequence.request.adapter
-            is_absent = adapter is not None and adapter.digest not in cache
-            if is_absent and cache.loading >= self._config.max_loads:
+            if adapter is not None and self._awaits_download(adapter.digest):
                 continue
             if not self._memory.can_promise(sequence):
                 break
-            if adapter is not None and is_absent:
+            if adapter is not None and adapter.digest not in cache:
                 urgency = waiting_urgency(sequence.order)
                 decisions = self._memory.load(adapter, spare=urgency, now=now)
                 if decisions is None:
@@ -224,6 +229,13 @@ class ReplicaScheduler:
                 self._out.extend(decisions)
             self._memory.promise(sequence, now=now)
             self._roster.admit(sequence)
+
+    def _awaits_download(self, digest: AdapterDigest) -> bool:
+        """True if it must be downloaded, and as many downloads as may be are under way."""
+        cache = self._memory.cache
+        if digest in cache or digest in self._near:
+            return False
+        return cache.downloads(self._near) >= self._config.max_loads
 
     def _load_hints(self, now: float) -> None:
         cache = self._memory.cache

@@ -71,6 +71,7 @@ class Whereabouts:
         self.worker_grace: Timers[WorkerId] = Timers()
         self.gateway_grace: Timers[GatewayId] = Timers()
         self.claim_grace: Timers[RequestId] = Timers()
+        self.cancelled: Timers[Attempt] = Timers()  # unknown, perhaps at a worker that is away
         self.out: list[ClusterDecision] = []
 
     def knows(self, attempt: Attempt) -> bool:
@@ -177,6 +178,7 @@ class Whereabouts:
         self.policy.check_integrity()
         for timers in (self.deadlines, self.worker_grace, self.gateway_grace, self.claim_grace):
             timers.check_integrity()
+        self.cancelled.check_integrity()
         assert {i for i, live in self.live.items() if live.worker_id is None} == set(self.queued)
         assert self.refused <= set(self.queued)
         assert len(self.policy) == len(self.queued)

@@ -21,13 +21,12 @@ from services.gateway.predictor import LengthPredictor
 from services.gateway.registry import Registry
 from services.gateway.requests import Admitted, OwnedRequest, deadline_error
 from services.gateway.scheduler_link import SchedulerLink
-from services.gateway.streams import RequestStreams, TokenStream
+from services.gateway.streams import RequestStreams, TokenStream, gateway_draining
 from services.gateway.tokenizer import ModelTokenizer
 from services.gateway.types import ChatPrompt, Finish, GenerateSpec, Prompt, TextPrompt, TokenPrompt
 
 INLINE_PROMPT_BYTES: Final = 4096  # tokenised on the event loop: under a millisecond
 _SEED_BITS: Final = 53  # exact in every client's number type
-_DRAIN_RETRY_S: Final = 1.0
 # A client's own timer hides why its request ended; ending a little earlier lets the reason arrive.
 # gRPC rounds a timeout up by as much as this fraction when it sends it.
 _DEADLINE_ROUNDING: Final = 0.01
@@ -96,13 +95,15 @@ class Generations:
                 self._left.set()
 
     async def drain(self, grace_s: float) -> None:
-        """Refuse new requests; return when none is in flight or the time is over."""
+        """Refuse new requests; return when none is in flight, or end them when time is over."""
         self._is_draining = True
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(grace_s):
                 while len(self._streams) > 0:
                     self._left.clear()
                     await self._left.wait()
+        except TimeoutError:
+            self._streams.end_all()
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -172,12 +173,7 @@ class Generations:
 
     def _check_draining(self) -> None:
         if self._is_draining:
-            raise RpcError(
-                Reason.DRAINING,
-                "this gateway is going away",
-                stage="admission",
-                retry_after_s=_DRAIN_RETRY_S,
-            )
+            raise gateway_draining("admission")
 
 
 def _size(prompt: Prompt) -> int:

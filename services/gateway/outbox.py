@@ -32,6 +32,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self._submits: dict[Attempt, OwnedRequest] = {}
+        self._retold: frozenset[Attempt] = frozenset()  # submits that the scheduler may have
         self._cancels: dict[Attempt, Cancel] = {}
         self._told_cancels: deque[Cancel] = deque(maxlen=CANCELS_RETOLD)
         self._filled = asyncio.Event()
@@ -42,7 +43,7 @@ class Outbox:
         self._filled.set()
 
     def cancel(self, attempt: Attempt, cause: str) -> None:
-        if self._submits.pop(attempt, None) is not None:
+        if self._submits.pop(attempt, None) is not None and attempt not in self._retold:
             return
         if len(self._cancels) >= CANCELS_MAX:  # the oldest will run to its own end
             self._cancels.pop(next(iter(self._cancels)))
@@ -55,6 +56,7 @@ class Outbox:
         self._cancels = {**told, **self._cancels}
         self._told_cancels.clear()
         self._submits = {request.attempt: request for request in queued}
+        self._retold = frozenset(self._submits)
         self._filled.set()
 
     @property

@@ -167,8 +167,22 @@ class OwnedRequest:
     def _accept_error(self, error: RpcError) -> Effect:
         if error.reason in _MOVABLE:
             return Effect.LOST
-        self.fail(error)
+        self.fail(self._named(error))
         return Effect.CHANGED
+
+    def _named(self, error: RpcError) -> RpcError:
+        """A worker knows an adapter by its digest; its client is told the name, too."""
+        adapter, context = self.admitted.adapter, error.context
+        if adapter is None or context.stage != "adapter_load":
+            return error
+        return RpcError(
+            error.reason,
+            error.message,
+            field="adapter",
+            stage=context.stage,
+            resource=("adapter", f"{adapter.name}@{adapter.version}"),
+            retry_after_s=context.retry_after_s,
+        )
 
     def _accept_finish(self, finish: Finish, now_s: float) -> Effect:
         match finish:

@@ -79,8 +79,8 @@ class SchedulerLink:
         """One stream, from hello to its end. True when it was welcomed."""
         welcomed = False
         try:
-            await call.write(wire.hello(self._gateway_id, self._streams.placed()))
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                await call.write(wire.hello(self._gateway_id, self._streams.placed()))
                 first = await call.read()
             if isinstance(first, scheduler_pb2.SubmitResponse) and first.HasField("welcome"):
                 welcomed = True
@@ -94,6 +94,7 @@ class SchedulerLink:
 
     async def _serve(self, call: _SubmitCall, scheduler_id: str) -> None:
         self._outbox.restart(self._streams.queued())
+        self._workers.restart()
         self._set_connected(is_connected=True)
         _log.info("scheduler_connected", scheduler_id=scheduler_id)
         writer = asyncio.create_task(self._write(call))

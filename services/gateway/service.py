@@ -24,6 +24,7 @@ from services.gateway.tokenizer import ModelTokenizer
 from services.gateway.worker_links import WorkerLinks
 
 SERVICE: Final = gateway_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_CLOSE_S = 1.0  # for clients to read how their requests ended
 _FLUSH_S = 1.0  # for the last cancellations to reach the scheduler
 
 
@@ -102,12 +103,12 @@ class Gateway:
         self._tasks = [start_task(run) for run in runs]
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new requests, let running ones end for `grace_s`, then cancel them."""
+        """Refuse new requests, let running ones go on for `grace_s`, then end them."""
         report_health = self._tasks.pop()
         await _cancelled(report_health)
         await self._server.set_serving(SERVICE, serving=False)
         await self._generations.drain(grace_s)
-        await self._server.stop(0)
+        await self._server.stop(_CLOSE_S)
         await self._flush()
         for task in self._tasks:
             await _cancelled(task)

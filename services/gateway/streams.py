@@ -174,9 +174,13 @@ class RequestStreams:
     def on_scheduler_lost(self) -> None:
         """The scheduler has been away for too long: end what no worker has."""
         for stream in self._streams.values():
-            if stream.request.worker_id is None and not stream.request.is_ended:
-                stream.request.fail(scheduler_unavailable("queue"))
-                self._end(stream, "client_cancelled")
+            if stream.request.worker_id is None:
+                self._fail(stream, scheduler_unavailable("queue"), "client_cancelled")
+
+    def end_all(self) -> None:
+        """This gateway is going away, and its clients may go on at another."""
+        for stream in self._streams.values():
+            self._fail(stream, gateway_draining(stream.request.stage), "client_cancelled")
 
     def _perform(self, stream: TokenStream, effect: Effect) -> None:
         match effect:
@@ -223,9 +227,12 @@ class RequestStreams:
             self._outbox.submit(stream.request)
 
     def _expire(self, stream: TokenStream) -> None:
+        self._fail(stream, deadline_error(stream.request.stage), "deadline")
+
+    def _fail(self, stream: TokenStream, error: RpcError, cause: str) -> None:
         if not stream.request.is_ended:
-            stream.request.fail(deadline_error(stream.request.stage))
-            self._end(stream, "deadline")
+            stream.request.fail(error)
+            self._end(stream, cause)
 
     def _end(self, stream: TokenStream, cause: str) -> None:
         """Nothing more is wanted from scheduler and worker."""
@@ -235,6 +242,16 @@ class RequestStreams:
         else:
             self._outbox.cancel(stream.request.attempt, cause)
         stream.wake()
+
+
+def gateway_draining(stage: str) -> RpcError:
+    """The error of requests that come too late, or last too long, for a gateway that stops."""
+    return RpcError(
+        Reason.DRAINING,
+        "this gateway is going away",
+        stage=stage,
+        retry_after_s=_RETRY_AFTER_S,
+    )
 
 
 def scheduler_unavailable(stage: str) -> RpcError:

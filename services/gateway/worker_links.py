@@ -1,12 +1,15 @@
 """One StreamTokens stream per worker: opened when the scheduler names the worker, kept open.
 
 A stream that breaks is opened again with resume points. When a worker can't be reached for
-`lost_after_s`, or the scheduler says that it has left, its requests are submitted again.
+`lost_after_s`, when the scheduler says that it has left, or when another worker is at its address,
+its requests are submitted again. A worker that can't be reached is dialled on for as long as the
+scheduler names it; a scheduler that has restarted never heard of those that are gone.
 """
 
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Final
 
 import grpc
@@ -30,21 +33,33 @@ class WorkerLinks:
         self._streams = streams
         self._lost_after_s = lost_after_s
         self._links: dict[str, _WorkerLink] = {}
+        self._named: set[str] = set()  # on the scheduler's present stream
+
+    def restart(self) -> None:
+        """The scheduler has a new stream: it will name every worker that it knows."""
+        self._named.clear()
 
     def announce(self, worker_id: str, address: str, *, attached: bool) -> None:
         """The scheduler says where a worker is, or that it has left."""
-        if attached:
-            self.expect(worker_id)
-            self._links[worker_id].set_address(address)
-        elif link := self._links.pop(worker_id, None):
-            link.close()
-            self._streams.on_worker_lost(worker_id)
+        if not attached:
+            self._leave(worker_id)
+            return
+        for other_id, link in list(self._links.items()):
+            if link.address == address and other_id != worker_id:
+                self._leave(other_id)
+        self._named.add(worker_id)
+        self.expect(worker_id)
+        self._links[worker_id].set_address(address)
 
     def expect(self, worker_id: str) -> None:
         """A request is at this worker, whose address will follow if it is not known."""
         if worker_id not in self._links:
             self._links[worker_id] = _WorkerLink(
-                worker_id, self._gateway_id, self._streams, self._lost_after_s
+                worker_id,
+                self._gateway_id,
+                self._streams,
+                lost_after_s=self._lost_after_s,
+                on_lost=self._lose,
             )
 
     async def close(self) -> None:
@@ -53,22 +68,42 @@ class WorkerLinks:
         for link in links:
             await link.closed()
 
+    def _lose(self, worker_id: str) -> None:
+        """It can't be reached."""
+        if worker_id in self._named:
+            self._streams.on_worker_lost(worker_id)
+        else:
+            self._leave(worker_id)
+
+    def _leave(self, worker_id: str) -> None:
+        self._named.discard(worker_id)
+        if link := self._links.pop(worker_id, None):
+            link.close()
+            self._streams.on_worker_lost(worker_id)
+
 
 class _WorkerLink:
     def __init__(
-        self, worker_id: str, gateway_id: str, streams: RequestStreams, lost_after_s: float
+        self,
+        worker_id: str,
+        gateway_id: str,
+        streams: RequestStreams,
+        *,
+        lost_after_s: float,
+        on_lost: Callable[[str], None],
     ) -> None:
         self._worker_id = worker_id
         self._gateway_id = gateway_id
         self._streams = streams
         self._lost_after_s = lost_after_s
-        self._address: str | None = None
+        self._on_lost = on_lost
+        self.address: str | None = None
         self._down_since_s = time.monotonic()
         self._task = start_task(self._lost_unless_named())
 
     def set_address(self, address: str) -> None:
-        if address != self._address:
-            self._address = address
+        if address != self.address:
+            self.address = address
             self._task.cancel()
             self._task = start_task(self._run(address))
 
@@ -81,9 +116,8 @@ class _WorkerLink:
             await self._task
 
     async def _lost_unless_named(self) -> None:
-        while True:
-            await asyncio.sleep(self._lost_after_s)
-            self._streams.on_worker_lost(self._worker_id)
+        await asyncio.sleep(self._lost_after_s)
+        self._on_lost(self._worker_id)
 
     async def _run(self, address: str) -> None:
         backoff = Backoff()
@@ -94,7 +128,7 @@ class _WorkerLink:
                 if time.monotonic() - self._down_since_s >= self._lost_after_s:
                     self._down_since_s = time.monotonic()
                     _log.warning("worker_lost", worker_id=self._worker_id, address=address)
-                    self._streams.on_worker_lost(self._worker_id)
+                    self._on_lost(self._worker_id)
                 await asyncio.sleep(backoff.next_delay_s())
 
     async def _session(self, channel: grpc.aio.Channel, backoff: Backoff) -> None:

@@ -71,7 +71,7 @@ class WorkerSettings(ServiceSettings):
     host_cache_bytes: int = Field(
         default=2**30, ge=0, description="adapters kept in host memory, bytes"
     )
-    adapter_loads: int = Field(default=4, ge=1, le=64, description="adapter loads at once")
+    adapter_loads: int = Field(default=4, ge=1, le=64, description="adapter downloads at once")
     store_read_timeout_s: float = Field(
         default=10.0, gt=0, le=600, description="silence after which a download is resumed"
     )

@@ -1,8 +1,9 @@
 """Fetching adapter blobs from the adapter store: resumed when a stream breaks, verified at the end.
 
 One channel for all. A broken or silent stream is opened again where it stopped, until `TRIES` in a
-row brought nothing or `DOWNLOAD_S_MAX` is over. Whatever comes out has the digest that was asked
-for, or is an `RpcError` fit for the client.
+row brought nothing or `DOWNLOAD_S_MAX` is over. A silent one counts for several, because it costs
+the time in which others might load. Whatever comes out has the digest that was asked for, or is an
+`RpcError` fit for the client.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from services.common.telemetry import call_metadata
 from services.core.types import Adapter
 
 TRIES: Final = 5
+SILENT_TRIES: Final = 3
 DOWNLOAD_S_MAX: Final = 600.0
 _RETRIED: Final = {
     grpc.StatusCode.UNAVAILABLE,
@@ -69,9 +71,9 @@ class AdapterDownloads:
                 if len(blob) > held_bytes:
                     tries = 0
                     backoff.reset()
-                tries += 1
+                tries += SILENT_TRIES if isinstance(error, TimeoutError) else 1
                 is_final = isinstance(error, grpc.aio.AioRpcError) and error.code() not in _RETRIED
-                if is_final or tries == TRIES:
+                if is_final or tries >= TRIES:
                     raise _failure(error, adapter) from error
             else:
                 return blob

@@ -32,6 +32,7 @@ from services.core.events import (
     AdapterLoaded,
     AdapterLoadFailed,
     AdaptersWanted,
+    HostCacheChanged,
     ReplicaEvent,
     RequestAborted,
     RequestDispatched,
@@ -80,6 +81,7 @@ class Driver:
         self._inbox: deque[ReplicaEvent] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
+        self._open: dict[RequestId, LiveRequest] = {}  # in the engine: one attempt of a request
         self._step: dict[str, LiveRequest] = {}  # by sequence id
         self._step_ended: StepEnded | None = None
         self._engine_errors = 0
@@ -209,8 +211,7 @@ class Driver:
     def _run_step(self, step: RunStep) -> None:
         items: list[StepItem] = []
         for work in step.work:
-            live = self._roster.latest(work.request_id)
-            assert live is not None
+            live = self._open[work.request_id]  # a later attempt may be here, unknown to the core
             self._step[live.sequence_id] = live
             items.append(StepItem(live.sequence_id, work.tokens))
         self._engine.run_step(items, self._on_step_ended)
@@ -283,7 +284,7 @@ class Driver:
             return worker_lost("the worker is draining")
         if len(self._roster) >= self._requests_max:
             message = f"the worker has {self._requests_max} requests already"
-            return RpcError(Reason.QUEUE_FULL, message, retry_after_s=1.0)
+            return RpcError(Reason.QUEUE_FULL, message, stage="queue", retry_after_s=1.0)
         return None
 
     def _abort(self, live: LiveRequest, finish: Finish, *, error: RpcError | None = None) -> None:
@@ -294,12 +295,14 @@ class Driver:
     def _start(self, live: LiveRequest) -> None:
         assert not live.is_open
         live.is_open = True
+        self._open[live.work.attempt.request_id] = live
         self._engine.open_sequence(live.spec())
         self._roster.start(live)
 
     def _close(self, live: LiveRequest) -> None:
         if live.is_open:
             live.is_open = False
+            del self._open[live.work.attempt.request_id]
             self._engine.close_sequence(live.sequence_id)
 
     def _depart(self, live: LiveRequest) -> None:
@@ -335,6 +338,7 @@ class Driver:
         now = time.monotonic()
         for live in self._roster.awaiting(digest):
             live.end_load(now=now, error=error.reason if error is not None else None)
+        self._inbox.append(HostCacheChanged(self._residency.near()))
         if error is None:
             self._inbox.append(AdapterLoaded(digest))
         else:

@@ -105,6 +105,10 @@ class Residency:
         host = {adapter.digest: (adapter, Tier.HOST) for adapter in self._host_cache.adapters()}
         return host | {digest: (adapter, Tier.DEVICE) for digest, adapter in self._device.items()}
 
+    def near(self) -> frozenset[AdapterDigest]:
+        """Adapters that load without the store."""
+        return frozenset(adapter.digest for adapter in self._host_cache.adapters())
+
     def load(
         self,
         adapter: Adapter,

@@ -100,6 +100,34 @@ async def test_a_silent_download_is_resumed() -> None:
         assert len(it.store.offsets) == 2
 
 
+async def test_an_adapter_in_host_memory_is_served_while_the_store_hangs() -> None:
+    async with bench(engine=_room_for_adapters(2), adapter_loads=1) as it:
+        gateway = await it.gateway()
+        refs = [it.store.add(make_blob(number)) for number in range(4)]
+        for number, ref in enumerate(refs[:3]):  # the third drives the first one out
+            await it.scheduler.dispatch(work_item(f"r{number}", adapter=ref))
+            await gateway.ended(f"r{number}")
+        it.store.gate.clear()
+        await it.scheduler.dispatch(work_item("cold", adapter=refs[3]))
+        await it.scheduler.dispatch(work_item("host", adapter=refs[0]))
+        last = await gateway.ended("host")
+        assert last.timings.adapter_tier == common_pb2.ADAPTER_TIER_HOST
+        assert "cold" not in gateway.endings
+        it.store.gate.set()
+        await gateway.ended("cold")
+
+
+async def test_a_store_that_hangs_is_given_up_sooner_than_one_that_breaks() -> None:
+    async with bench(store_read_timeout_s=0.2) as it:
+        gateway = await it.gateway()
+        it.store.gate.clear()
+        await it.scheduler.dispatch(work_item("one", adapter=it.store.add(make_blob(1))))
+        error = (await gateway.ended("one")).error
+        assert (error.reason, error.stage) == (Reason.STORE_UNAVAILABLE, "adapter_load")
+        assert error.retry_after_s > 0
+        assert it.store.offsets == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -230,9 +258,14 @@ def _context(span: ReadableSpan) -> SpanContext:
 
 
 def _room_for_one_adapter() -> SimulatedEngine:
-    """Memory for one adapter and one request: a second adapter drives the first one out."""
+    """A second adapter drives the first one out."""
+    return _room_for_adapters(1)
+
+
+def _room_for_adapters(count: int) -> SimulatedEngine:
+    """Memory for so many adapters and as many requests."""
     blocks = -(-len(make_blob(1).data) // INFO.block_bytes)
-    return quick_engine(pool_blocks=blocks + 4)
+    return quick_engine(pool_blocks=count * (blocks + 4))
 
 
 STAGES = ["adapter_load", "prefill", "decode"]

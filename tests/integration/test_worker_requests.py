@@ -1,14 +1,18 @@
 """A worker between a scheduler and its gateways, over gRPC, with the simulated engine."""
 
 import asyncio
+import time
 
 import grpc
 import pytest
 
 from calumma.common.v1 import common_pb2
 from calumma.worker.v1 import worker_pb2
-from services.common.errors import Reason
+from services.common.errors import Reason, RpcError
+from services.core.types import AdapterDigest
+from services.worker.wire import work_from
 from tests.support.worker_peers import (
+    INFO,
     Bench,
     bench,
     expected_tokens,
@@ -144,6 +148,26 @@ async def test_a_later_attempt_supersedes_the_running_one() -> None:
         assert finished.finish_reason == CANCELLED
         await it.scheduler.has_finished("twice", 2)
         assert len(it.scheduler.finished["twice", 1]) == 1
+
+
+async def test_a_later_attempt_may_come_at_the_moment_when_the_adapter_is_there() -> None:
+    async with bench() as it:
+        gateway, driver = await it.gateway(), it.worker.driver
+        item = work_item("twice", adapter=it.store.add(make_blob(1)))
+        later = work_item("twice", adapter=item.adapter)
+        later.attempt = 2
+        loaded = driver._on_load_ended
+
+        def loaded_and_dispatched(digest: AdapterDigest, error: RpcError | None) -> None:
+            loaded(digest, error)
+            driver.dispatch(work_from(later, INFO, now=time.monotonic()))
+
+        driver._on_load_ended = loaded_and_dispatched  # type: ignore[method-assign]
+        await it.scheduler.dispatch(item)
+        assert (await it.scheduler.has_finished("twice", 1)).finish_reason == CANCELLED
+        assert (await it.scheduler.has_finished("twice", 2)).finish_reason == LENGTH
+        await gateway.has_tokens("twice", 20)
+        assert gateway.tokens["twice"] == expected_tokens(item)
 
 
 async def test_the_same_dispatch_twice_runs_once() -> None:

@@ -1,5 +1,7 @@
 """Workers and schedulers that go away, and what clients see of it: nothing."""
 
+import asyncio
+
 import grpc
 
 from calumma.common.v1 import common_pb2
@@ -62,6 +64,51 @@ async def test_a_worker_that_vanishes_without_a_word_is_given_up(suite: Suite) -
     assert (cancel.attempt.attempt, cancel.cause) == (1, "superseded")
     second = await suite.scheduler.next_item()
     assert (second.attempt, list(second.token_ids)) == (2, suite.encode("goa"))
+
+
+async def test_a_worker_at_the_address_of_another_replaces_it(suite: Suite) -> None:
+    await suite.start()
+    reader = suite.stream("go")
+    first = await suite.scheduler.next_item()
+    suite.scheduler.place(first, suite.worker)
+    suite.worker.send(first, 0, "a")
+    await reader.read_until("a")
+    await suite.worker.stop()
+    suite.worker.worker_id = "w3"  # its process was killed and started again
+    await suite.worker.start()
+    suite.scheduler.name(suite.worker)
+    second = await suite.scheduler.next_item()
+    assert second.attempt == 2
+    await suite.worker.next_opened()
+    while not suite.worker.opened.empty():  # the old link may have been the first to find it
+        await suite.worker.next_opened()
+    suite.scheduler.place(second, suite.worker)
+    suite.worker.send(second, 1, "b")
+    await reader.read_until("ab")
+    await asyncio.sleep(0.5)
+    assert suite.worker.opened.empty(), "two links compete for one worker"
+    suite.worker.send(second, 2, "c", finish=STOP)
+    await reader.read_all()
+
+
+async def test_a_worker_that_a_restarted_scheduler_does_not_name_is_dialled_no_more(
+    suite: Suite,
+) -> None:
+    await suite.start(worker_reconnect_s=0.3)
+    await suite.scheduler.stop()
+    await suite.worker.stop()
+    suite.scheduler.workers = [suite.other]
+    await suite.scheduler.start()
+    await suite.scheduler.next_hello()
+    links = suite.gateway._workers._links
+    await until(lambda: list(links) == ["w2"])
+
+    reader = suite.stream("go")
+    item = await suite.scheduler.next_item()
+    suite.scheduler.place(item, suite.worker)  # on its way when the scheduler died
+    assert (await suite.scheduler.next_item()).attempt == 2
+    await until(lambda: list(links) == ["w2"])
+    reader.call.cancel()
 
 
 async def test_a_broken_token_stream_resumes_where_it_was(suite: Suite) -> None:

@@ -97,11 +97,15 @@ async def test_a_drain_refuses_new_requests_and_lets_streams_end(suite: Suite) -
     assert reader.text == "to the end"
 
 
-async def test_a_drain_that_takes_too_long_cancels_what_is_left(suite: Suite) -> None:
+async def test_a_drain_that_takes_too_long_ends_what_is_left_with_a_reason(suite: Suite) -> None:
     await suite.start()
     reader = suite.stream("go")
     item = await suite.scheduler.next_item()
     suite.scheduler.place(item, suite.worker)
     await reader.read()
-    await soon(suite.stop(0.05))
+    stopping = asyncio.create_task(suite.stop(0.05))
+    code, info, retry_s = await reader.error()
+    assert (code, info.reason, retry_s) == (grpc.StatusCode.UNAVAILABLE, Reason.DRAINING, 1)
+    assert info.metadata["stage"] == "prefill"
+    await soon(stopping)
     assert (await suite.scheduler.next_cancel()).attempt.request_id == item.request_id

@@ -1,6 +1,8 @@
 """Channels that services open, and how long they wait between tries."""
 
 import asyncio
+import importlib
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -8,6 +10,9 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from services.common.clients import Backoff, open_channel
+from services.common.config import ServiceSettings
+from services.common.interceptors import ServerInterceptor
+from services.common.server import ServiceServer
 
 
 def test_backoff_stays_within_its_growing_ceiling() -> None:
@@ -52,6 +57,36 @@ async def test_a_channel_comes_back_when_its_server_does() -> None:
             answer = await stub.Check(request, timeout=10, wait_for_ready=True)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
         await server.stop(None)
+
+
+async def test_grpc_knows_every_option_that_servers_and_channels_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ignores unknown ones without a word; pings of idle peers then end their streams."""
+    given: list[tuple[str, Any]] = []
+    make_server, make_channel = grpc.aio.server, grpc.aio.insecure_channel
+
+    def server(**arguments: Any) -> grpc.aio.Server:
+        given.extend(arguments["options"])
+        return make_server(**arguments)
+
+    def channel(target: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
+        given.extend(options)
+        return make_channel(target, options)
+
+    monkeypatch.setattr(grpc.aio, "server", server)
+    monkeypatch.setattr(grpc.aio, "insecure_channel", channel)
+    ServiceServer(ServiceSettings(), ServerInterceptor())
+    await open_channel("127.0.0.1:1").close()
+
+    known = grpc_core()
+    assert len(given) > 10
+    assert not [name for name, _ in given if name.encode() + b"\0" not in known]
+
+
+def grpc_core() -> bytes:
+    """The library that knows the options' names."""
+    return Path(str(importlib.import_module("grpc._cython.cygrpc").__file__)).read_bytes()
 
 
 async def serve_health(listen: str) -> tuple[grpc.aio.Server, int]:

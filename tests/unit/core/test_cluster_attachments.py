@@ -87,6 +87,26 @@ class Scene:
         return {worker.worker_id: worker.dispatched for worker in workers}
 
 
+# --- cancelled while a worker is away ---------------------------------------------------------
+
+
+def test_a_cancel_that_comes_before_the_worker_that_runs_the_request_stops_it_there() -> None:
+    scene = Scene()
+    assert scene.cancel("a", now=1.0) == []
+    assert scene.worker(W, running("a"), now=2.0) == [Abort(W, attempt("a"), "cancelled")]
+    scene.finish(W, "a", now=3.0)
+    assert scene.dispatched() == {W: 0}
+
+
+def test_a_cancel_of_an_attempt_that_nobody_brings_is_forgotten() -> None:
+    scene = Scene()
+    scene.cancel("a", now=1.0)
+    assert scene.cluster.next_deadline() == 6.0
+    scene.tick(6.0)
+    assert scene.cluster.next_deadline() is None
+    assert scene.worker(W, running("a"), now=7.0) == []
+
+
 # --- a worker is gone -------------------------------------------------------------------------
 
 

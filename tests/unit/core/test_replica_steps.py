@@ -16,6 +16,7 @@ from services.core.decisions import (
 from services.core.events import (
     AdapterLoaded,
     AdapterLoadFailed,
+    HostCacheChanged,
     LoadFailure,
     ReplicaEvent,
     RequestAborted,
@@ -151,6 +152,18 @@ def test_a_request_that_waits_for_its_turn_to_load_holds_nobody_back() -> None:
     replica.dispatch(request("a", using=adapter("a")))
     replica.dispatch(request("b", using=adapter("b")))
     assert replica.dispatch(request("base", context=3))[-1] == RunStep((work("base", 3),))
+
+
+def test_an_adapter_in_host_memory_does_not_wait_for_downloads() -> None:
+    replica = Replica(max_loads=1)
+    near, far = adapter("near"), adapter("far")
+    replica.handle(HostCacheChanged(frozenset({near.digest})))
+    replica.dispatch(request("a", using=adapter("slow")))
+    assert replica.dispatch(request("b", using=far)) == []
+    assert replica.dispatch(request("c", using=near)) == [LoadAdapter(near)]
+    assert replica.dispatch(request("d", using=far)) == []
+    assert replica.loaded("near")[0] == StartRequest(attempt("c"))
+    assert LoadAdapter(far) in replica.loaded("slow")
 
 
 def test_reports_of_unknown_loads_are_ignored() -> None:

@@ -51,6 +51,16 @@ async def test_a_new_stream_hears_what_is_queued_and_what_may_have_been_swallowe
     assert await drain(outbox) == [Cancel(c, "stop_string"), b]
 
 
+async def test_a_request_that_a_scheduler_may_have_is_cancelled_before_it_is_told_again() -> None:
+    outbox = Outbox()
+    a = request("a")
+    outbox.submit(a)
+    assert await drain(outbox) == [a]
+    outbox.restart([a])
+    outbox.cancel(a.attempt, "client_cancelled")
+    assert await drain(outbox) == [Cancel(a.attempt, "client_cancelled")]
+
+
 async def test_cancellations_are_bounded() -> None:
     outbox = Outbox()
     for number in range(CANCELS_MAX + 10):

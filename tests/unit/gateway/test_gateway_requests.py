@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.errors import Reason, RpcError
+from services.common.errors import ErrorContext, Reason, RpcError
 from services.core.types import Attempt, RequestId
 from services.gateway.requests import Admitted, Effect, OwnedRequest
 from services.gateway.tokenizer import ModelTokenizer
 from services.gateway.types import (
+    AdapterRef,
     Finish,
     GenerateSpec,
     PositionLogprobs,
@@ -26,7 +27,9 @@ from services.gateway.types import (
 class Case:
     """A request for "go" at max_tokens 20, and frames in terms of text."""
 
-    def __init__(self, tokenizer: ModelTokenizer, **stopping: object) -> None:
+    def __init__(
+        self, tokenizer: ModelTokenizer, *, adapter: AdapterRef | None = None, **stopping: object
+    ) -> None:
         self.tokenizer = tokenizer
         spec = GenerateSpec(
             request_id=None,
@@ -42,7 +45,7 @@ class Case:
             wire_id="c.1",
             spec=spec,
             prompt_token_ids=(1,),
-            adapter=None,
+            adapter=adapter,
             seed=7,
             max_tokens=20,
             predicted_output_tokens=5,
@@ -145,6 +148,16 @@ def test_any_other_error_ends_the_request_after_its_tokens(case: Case) -> None:
     assert case.request.error is error
     assert case.read() == "ab"
     assert case.frame(2, "c") is Effect.NOTHING
+
+
+def test_the_error_of_an_adapter_that_did_not_come_names_it(letters: ModelTokenizer) -> None:
+    case = Case(letters, adapter=AdapterRef("sha256:0", "billing", 3, 8, 1000))
+    told = RpcError(Reason.STORE_UNAVAILABLE, "down", stage="adapter_load", retry_after_s=1.0)
+    assert case.frame(0, error=told) is Effect.CHANGED
+    error = case.request.error
+    assert error is not None
+    assert (error.reason, error.message) == (told.reason, told.message)
+    assert error.context == ErrorContext("adapter", "adapter_load", "adapter", "billing@3", 1.0)
 
 
 def test_an_error_without_a_reason_is_internal(case: Case) -> None:
