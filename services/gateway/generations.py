@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, assert_never
 
@@ -40,7 +40,7 @@ class Generations:
         self,
         settings: GatewaySettings,
         *,
-        limits: Limits,
+        limits: Callable[[], Limits],
         tokenizer: ModelTokenizer,
         registry: Registry,
         scheduler: SchedulerLink,
@@ -68,7 +68,8 @@ class Generations:
         deadline_s = received_s + self._time_limit_s(time_left_s)
         self._check_draining()
         self._streams.check_room()
-        spec = parse(message, self._limits)
+        limits = self._limits()
+        spec = parse(message, limits)
         client_id = spec.request_id or f"req-{secrets.token_hex(8)}"
         with self._streams.claim(client_id):
             observation = Observation(
@@ -79,6 +80,7 @@ class Generations:
             try:
                 request = await self._admit(
                     spec,
+                    limits,
                     client_id=client_id,
                     received_s=received_s,
                     deadline_s=deadline_s,
@@ -111,6 +113,7 @@ class Generations:
     async def _admit(
         self,
         spec: GenerateSpec,
+        limits: Limits,
         *,
         client_id: str,
         received_s: float,
@@ -122,7 +125,7 @@ class Generations:
                 adapter = await self._registry.resolve(spec.adapter) if spec.adapter else None
                 prompt_token_ids = await self._encode(spec.prompt)
                 stopping = output_limit(
-                    spec.stopping, len(prompt_token_ids), self._limits, field=_field(spec.prompt)
+                    spec.stopping, len(prompt_token_ids), limits, field=_field(spec.prompt)
                 )
                 await self._scheduler.wait_connected(self._settings.scheduler_wait_s)
         except TimeoutError:

@@ -135,7 +135,12 @@ class SchedulerLink:
                 self._streams.on_returned(wire.read_attempt(answer.returned.attempt))
             case "worker":
                 worker = answer.worker
-                self._workers.announce(worker.worker_id, worker.address, attached=worker.attached)
+                self._workers.announce(
+                    worker.worker_id,
+                    worker.address,
+                    attached=worker.attached,
+                    context_tokens=worker.max_context_tokens,
+                )
             case "welcome" | None:  # a second welcome, or a message of a newer scheduler
                 return
 

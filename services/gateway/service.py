@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import secrets
+from dataclasses import replace
 from typing import Final
 
 from calumma.gateway.v1 import gateway_pb2, gateway_pb2_grpc
@@ -62,6 +63,7 @@ class Gateway:
             requests_max=settings.max_requests,
             resubmissions_max=settings.max_resubmissions,
         )
+        self._model_limits = _limits(settings, config)
         self._workers = WorkerLinks(
             self.gateway_id, self._streams, lost_after_s=settings.worker_reconnect_s
         )
@@ -79,7 +81,7 @@ class Gateway:
         )
         self._generations = Generations(
             settings,
-            limits=_limits(settings, config),
+            limits=self._current_limits,
             tokenizer=tokenizer,
             registry=self._registry,
             scheduler=self._scheduler,
@@ -88,6 +90,13 @@ class Gateway:
         )
         self._server = ServiceServer(settings, ServerInterceptor())
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _current_limits(self) -> Limits:
+        """What the model allows, down to what the most capable worker takes."""
+        limits, served = self._model_limits, self._workers.context_tokens
+        if served is None or served >= limits.context_tokens:
+            return limits
+        return replace(limits, context_tokens=served)
 
     async def start(self) -> None:
         """Listen and begin to dial."""

@@ -34,13 +34,21 @@ class WorkerLinks:
         self._lost_after_s = lost_after_s
         self._links: dict[str, _WorkerLink] = {}
         self._named: set[str] = set()  # on the scheduler's present stream
+        self._context_tokens: dict[str, int] = {}
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Longest prompt plus output that any worker takes. None while no worker is known."""
+        return max(self._context_tokens.values(), default=None)
 
     def restart(self) -> None:
         """The scheduler has a new stream: it will name every worker that it knows."""
         self._named.clear()
 
-    def announce(self, worker_id: str, address: str, *, attached: bool) -> None:
-        """The scheduler says where a worker is, or that it has left."""
+    def announce(
+        self, worker_id: str, address: str, *, attached: bool, context_tokens: int
+    ) -> None:
+        """The scheduler says where a worker is and what it takes, or that it has left."""
         if not attached:
             self._leave(worker_id)
             return
@@ -48,6 +56,8 @@ class WorkerLinks:
             if link.address == address and other_id != worker_id:
                 self._leave(other_id)
         self._named.add(worker_id)
+        if context_tokens > 0:  # a scheduler of an older version does not say
+            self._context_tokens[worker_id] = context_tokens
         self.expect(worker_id)
         self._links[worker_id].set_address(address)
 
@@ -77,6 +87,7 @@ class WorkerLinks:
 
     def _leave(self, worker_id: str) -> None:
         self._named.discard(worker_id)
+        self._context_tokens.pop(worker_id, None)
         if link := self._links.pop(worker_id, None):
             link.close()
             self._streams.on_worker_lost(worker_id)

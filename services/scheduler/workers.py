@@ -166,5 +166,8 @@ class WorkerStreams:
 
 def _address(hello: scheduler_pb2.WorkerHello, *, attached: bool) -> scheduler_pb2.WorkerAddress:
     return scheduler_pb2.WorkerAddress(
-        worker_id=hello.worker_id, address=hello.address, attached=attached
+        worker_id=hello.worker_id,
+        address=hello.address,
+        attached=attached,
+        max_context_tokens=hello.capacity.max_context_tokens if attached else 0,
     )

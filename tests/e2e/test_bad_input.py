@@ -71,6 +71,12 @@ TABLE = [
         "token_ids.ids[1]",
     ),
     _Bad("prompt over the context", _request(prompt="word " * 9000), "PROMPT_TOO_LONG", "prompt"),
+    _Bad(
+        "prompt over what the workers take",
+        _request(prompt="word " * 3000),
+        "PROMPT_TOO_LONG",
+        "prompt",
+    ),
     _Bad("unknown adapter", _request(adapter="nobody"), "ADAPTER_NOT_FOUND", "adapter"),
     _Bad(
         "unknown version", _request(adapter="sentiment@99"), "ADAPTER_VERSION_NOT_FOUND", "adapter"
