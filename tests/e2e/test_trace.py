@@ -1,12 +1,18 @@
 """One request, one trace: what four processes export over real OTLP for a cold adapter."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import grpc
 import pytest
 
 from bench.suite import Suite
 from calumma.common.v1 import common_pb2
 from calumma.gateway.v1 import gateway_pb2, gateway_pb2_grpc
+from services.common.base_model import DEFAULT_MODEL, linear_shapes, load_config
 from tests.support.otlp import OtlpReceiver, ReceivedSpan
+from tests.support.peft_folders import write_peft_folder
 
 pytestmark = pytest.mark.model
 STAGES = {"queue", "adapter_load", "prefill", "decode", "stream"}
@@ -14,17 +20,39 @@ DOWNLOAD = "calumma.adapter_store.v1.AdapterStoreService/Download"
 GENERATE = "calumma.gateway.v1.InferenceService/Generate"
 
 
+@pytest.fixture
+def cold_adapter(suite: Suite, model_folder: Path, tmp_path: Path) -> str:
+    """An adapter that no worker has seen."""
+    config = load_config(model_folder)
+    write_peft_folder(
+        tmp_path / "cold",
+        shapes=linear_shapes(config),
+        num_layers=config.num_layers,
+        rank=8,
+        alpha=8,
+        target_modules=["q_proj", "v_proj"],
+        base_model=DEFAULT_MODEL,
+    )
+    address = str(suite.endpoints["adapter_store"])
+    publish = ["adapters", "publish", str(tmp_path / "cold"), "--name", "cold"]
+    subprocess.run(
+        [sys.executable, "-m", "services.cli", "--adapter-store", address, *publish],
+        check=True,
+        capture_output=True,
+    )
+    return "cold"
+
+
 def test_a_cold_request_is_one_tree_of_spans_over_four_services(
-    suite: Suite, otlp: OtlpReceiver, channel: grpc.Channel
+    cold_adapter: str, otlp: OtlpReceiver, channel: grpc.Channel
 ) -> None:
-    adapter = next(name for name in suite.adapters if not _was_used(otlp, name))
     trace_id = "0af7651916cd43dd8448eb211c80319c"
     stub = gateway_pb2_grpc.InferenceServiceStub(channel)
 
     response = stub.Generate(
         gateway_pb2.GenerateRequest(
             prompt="Hello",
-            adapter=adapter,
+            adapter=cold_adapter,
             stopping=common_pb2.StopConditions(max_tokens=4, ignore_eos=True),
         ),
         timeout=60,
@@ -106,10 +134,6 @@ def test_each_rpc_leaves_one_canonical_log_line_without_text(
     assert lines[0]["code"] == "OK"
     assert lines[0]["output_tokens"] == 3
     assert not [event for event in suite.events if secret in str(event)]
-
-
-def _was_used(otlp: OtlpReceiver, adapter: str) -> bool:
-    return any(span.attributes.get("lora.adapter.name") == adapter for span in otlp.spans)
 
 
 def _of(otlp: OtlpReceiver, trace_id: str) -> list[ReceivedSpan]:

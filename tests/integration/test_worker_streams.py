@@ -128,7 +128,7 @@ async def test_a_gateway_that_comes_back_in_time_loses_nothing() -> None:
 
 
 async def test_a_reader_that_stalls_and_breaks_is_noticed() -> None:
-    async with bench(engine=quick_engine(step_ms=1), gateway_away_s=0.2) as it:
+    async with bench(engine=quick_engine(step_ms=4), gateway_away_s=0.2) as it:
         gateway = await it.gateway(opens=False)
         await gateway.open(reads=False)
         items = [work_item(f"r{i}", max_tokens=500) for i in range(30)]
