@@ -53,10 +53,17 @@ def _document(report: Report) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "machine": _machine(),
-        "command": " ".join([Path(sys.executable).name, "-m", "bench", *sys.argv[1:]]),
+        "command": _command(),
         "rows": list(report.rows),
         "targets": [{**asdict(target), "holds": target.holds} for target in report.targets],
     }
+
+
+def _command() -> str:
+    """What was run, but for where its report went."""
+    arguments = iter(sys.argv[1:])
+    kept = [word for word in arguments if word != "--json" or not next(arguments, "")]
+    return " ".join([Path(sys.executable).name, "-m", "bench", *kept])
 
 
 def _print_rows(rows: Sequence[Row]) -> None:
