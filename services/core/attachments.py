@@ -30,7 +30,7 @@ def attach_worker(state: Whereabouts, event: WorkerAttached, *, now: float) -> N
     if before is not None:
         for attempt in list(before.placed):
             if attempt not in announced:
-                state.remove(before, attempt, is_returned=True)
+                state.give_back(before, attempt, now=now)
     state.workers[event.worker_id] = worker
     if before is not None:
         for attempt, placed in before.placed.items():
@@ -51,13 +51,13 @@ def detach_worker(state: Whereabouts, event: WorkerDetached, *, now: float) -> N
         state.worker_grace.set(event.worker_id, at_s=now + state.config.worker_grace_s)
 
 
-def lose_worker(state: Whereabouts, worker_id: WorkerId) -> None:
+def lose_worker(state: Whereabouts, worker_id: WorkerId, *, now: float) -> None:
     """Its grace period is over: its requests go back to their gateways."""
     worker = state.workers[worker_id]
     for attempt in list(worker.placed):
-        state.remove(worker, attempt, is_returned=True)
+        state.give_back(worker, attempt, now=now)
     del state.workers[worker_id]
-    state.refused.clear()  # a request may have waited for this worker alone
+    state.placement.forget_refusals()  # a request may have waited for this worker alone
 
 
 def _keep(state: Whereabouts, worker: Worker, attempt: Attempt, placed: Placed) -> None:

@@ -1,45 +1,274 @@
 """Which tokens one step computes.
 
-Stall-free batching as in Sarathi-Serve: every step first gives each decoding request its one token,
-then fills the rest with chunks of prompts, oldest request first, up to a token budget. So a long
-prompt costs the others a bounded delay per step, and decoding never waits for a prompt.
+Three disciplines, `ReplicaConfig.stepping`:
+
+- "target", the default. Every decoding request gets its token; then prompts, oldest first, get as
+  many tokens as keep the step's predicted time within `tbt_target_s`. The promise to a client is
+  about its mean time between tokens, so a step may be longer by `slack_share` of the time that the
+  tightest decoding request is ahead of the target; longer, up to `step_limit_s`, the longer the
+  first prompt has waited beyond `patience_s`, because its client waits for a first token; and as
+  long as `step_limit_s` while nothing decodes. At least `min_prefill_tokens` are computed, so
+  prompts end even where decodes alone take all the time. A step is predicted by costs fitted to
+  the steps so far (`services.core.costfit`); a chunk reads the part of its prompt that is cached.
+- "chunked". The same with a fixed number of prompt tokens, as in Sarathi-Serve.
+- "whole", S-LoRA's. Prompts are computed whole, in a step of their own, while decodes wait; all
+  that were admitted together go together.
 
 Memory: a decode may preempt younger requests, a prompt may not: its chunk shrinks to the blocks
 there are. A prompt is short of blocks only while decodes hold more than they were promised; these
 go on, so a step is never empty while something could run.
 """
 
-from collections.abc import Sequence as Ordered
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import assert_never
 
+from services.core.admission import is_lockstep
+from services.core.config import ReplicaConfig
+from services.core.costs import StepCosts, StepShape
+from services.core.decisions import (
+    EvictAdapter,
+    PreemptRequest,
+    ReplicaDecision,
+    RunStep,
+    StartRequest,
+    StepWork,
+)
+from services.core.memory import SPARE_NONE, DeviceMemory
+from services.core.roster import Roster
 from services.core.sequence import Sequence
+from services.core.types import RequestId
+
+Chunk = tuple[Sequence, StepWork]
 
 
-class Grant(Protocol):
-    """Makes KV blocks for the next tokens of a sequence; returns for how many there are now."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step under way."""
 
-    def __call__(self, sequence: Sequence, tokens: int, *, preempts: bool) -> int: ...
+    decodes: list[Sequence]
+    chunks: list[Chunk]
+    shape: StepShape
+    began_s: float
+
+    def has(self, sequence: Sequence) -> bool:
+        """True if it computes something of the sequence."""
+        return sequence in self.decodes or any(one is sequence for one, _ in self.chunks)
+
+    def due(self) -> Iterator[tuple[Sequence, bool]]:
+        """Its sequences, and whether it samples a token of each."""
+        for sequence in self.decodes:
+            yield sequence, True
+        for sequence, work in self.chunks:
+            yield sequence, work.samples
 
 
-def form_step(
-    runnable: Ordered[Sequence], *, prefill_tokens: int, grant: Grant
-) -> list[tuple[Sequence, int]]:
-    """The sequences of the next step with their token counts; `runnable` is oldest first."""
-    decodes = [sequence for sequence in runnable if sequence.uncomputed_tokens == 1]
-    prefills = [sequence for sequence in runnable if sequence.uncomputed_tokens > 1]
-    step = [
-        (sequence, 1)
-        for sequence in decodes
-        if sequence.is_admitted and grant(sequence, 1, preempts=True)
-    ]
-    budget_tokens = prefill_tokens
-    for sequence in prefills:
-        wanted_tokens = min(budget_tokens, sequence.uncomputed_tokens)
-        if wanted_tokens == 0 or not sequence.is_admitted:
-            continue
-        tokens = grant(sequence, wanted_tokens, preempts=False)
-        if tokens == 0:
-            break
-        step.append((sequence, tokens))
-        budget_tokens -= tokens
-    return step
+class Batching:
+    """Forms the steps of one worker."""
+
+    def __init__(self, config: ReplicaConfig, memory: DeviceMemory, roster: Roster) -> None:
+        self._config = config
+        self._memory = memory
+        self._roster = roster
+        self._is_lockstep = is_lockstep(config)
+        self._run = RunStep(())  # the last one of decodes only: most are the same again
+        self._out: list[ReplicaDecision] = []
+
+    def form(self, costs: StepCosts, *, now: float) -> tuple[list[ReplicaDecision], Step | None]:
+        """The next step, if there is anything to run now, and what must be done for it."""
+        self._out = []
+        step = None if self._must_wait() else self._form(costs, now)
+        if step is not None:
+            self._out.append(self._run_step(step))
+        return self._out, step
+
+    def _form(self, costs: StepCosts, now: float) -> Step | None:
+        decodes: list[Sequence] = []
+        chunks: list[Chunk] = []
+        match self._config.stepping:
+            case "whole":
+                chunks = self._whole_prompts(now)
+                decodes = [] if chunks else self._decodes(now)
+            case "chunked":
+                decodes = self._decodes(now)
+                chunks = self._chunks(self._config.prefill_tokens_per_step, now)
+            case "target":
+                decodes = self._decodes(now)
+                chunks = self._target_chunks(decodes, costs, now)
+            case _:
+                assert_never(self._config.stepping)
+        if not decodes and not chunks:
+            return None
+        return Step(decodes, chunks, self._shape(decodes, chunks), now)
+
+    def _run_step(self, step: Step) -> RunStep:
+        roster = self._roster
+        if len(step.decodes) == len(roster.decoding):
+            work = roster.decodes()
+        else:
+            work = tuple(sequence.decode for sequence in step.decodes)
+        if not step.chunks and work is self._run.work:
+            return self._run
+        starting = [*step.decodes, *(sequence for sequence, _ in step.chunks)]
+        for sequence in starting:
+            if not sequence.is_started:
+                sequence.is_started = True
+                self._out.append(StartRequest(sequence.attempt))
+        if step.chunks:
+            return RunStep((*work, *(chunk for _, chunk in step.chunks)))
+        self._run = RunStep(work)
+        return self._run
+
+    def _shape(self, decodes: list[Sequence], chunks: list[Chunk]) -> StepShape:
+        ranks = self._roster.decode_ranks
+        if len(decodes) != len(self._roster.decoding):
+            ranks = sum([sequence.rank for sequence in decodes])
+        cached_tokens = sum([sequence.computed_tokens for sequence in decodes])
+        prefill_tokens = rank_tokens = 0
+        for sequence, work in chunks:
+            prefill_tokens += work.tokens
+            rank_tokens += work.tokens * sequence.rank
+            cached_tokens += sequence.computed_tokens
+        return StepShape(prefill_tokens, rank_tokens, len(decodes), ranks, cached_tokens)
+
+    def _must_wait(self) -> bool:
+        """True while S-LoRA's worker does nothing else: its memory counts on this order.
+
+        It brings the adapters of a new batch before it goes on; and what it loads ahead holds
+        blocks that nobody counted, which decodes may need before that load has ended.
+        """
+        if self._is_lockstep and self._roster.is_awaiting_loads:
+            return True
+        if not self._memory.cache.is_loading_ahead:
+            return False
+        pool, cache = self._memory.pool, self._memory.cache
+        short = sum(one.computed_tokens >= one.held_tokens for one in self._roster.decoding)
+        return short > pool.free_blocks + cache.evictable_blocks
+
+    # --- decodes ----------------------------------------------------------------------------
+
+    def _decodes(self, now: float) -> list[Sequence]:
+        decoding = self._roster.decoding
+        short = [one for one in decoding if one.computed_tokens >= one.held_tokens]
+        if len(short) <= self._memory.pool.free_blocks:
+            for sequence in short:
+                self._memory.add_blocks(sequence, 1)
+            return decoding.copy()
+        stalled: set[RequestId] = set()
+        for sequence in short:
+            if sequence.is_admitted and not self._grow_decode(sequence, now):
+                stalled.add(sequence.request_id)
+        if not stalled:
+            return decoding.copy()
+        return [one for one in decoding if one.request_id not in stalled]
+
+    def _grow_decode(self, sequence: Sequence, now: float) -> bool:
+        """Make a block for its next token, from younger requests if need be."""
+        while not self._grow(sequence, 1, now):
+            victim = self._roster.admitted[-1]
+            if len(self._roster.admitted) == 1:
+                assert self._memory.cache.loading, "a request that fits alone must go on"
+                return False
+            self._preempt(victim, now)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence, now: float) -> None:
+        self._memory.release(sequence, now=now)
+        if sequence.is_started:
+            self._out.append(PreemptRequest(sequence.attempt))
+        self._roster.put_back(sequence)
+
+    # --- prompts ----------------------------------------------------------------------------
+
+    def _whole_prompts(self, now: float) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        room_tokens = self._config.prefill_tokens_per_step
+        for sequence in self._roster.prompts:
+            tokens = sequence.uncomputed_tokens
+            if chunks and tokens > room_tokens:
+                break
+            if not self._grow(sequence, tokens, now):
+                break
+            room_tokens -= tokens
+            chunks.append((sequence, StepWork(sequence.request_id, tokens, samples=True)))
+        return chunks
+
+    def _chunks(self, room_tokens: int, now: float) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in self._roster.prompts:
+            chunk = self._chunk(sequence, room_tokens, now) if room_tokens else None
+            if chunk is None:
+                break
+            room_tokens -= chunk.tokens
+            chunks.append((sequence, chunk))
+        return chunks
+
+    def _target_chunks(self, decodes: list[Sequence], costs: StepCosts, now: float) -> list[Chunk]:
+        if not self._roster.prompts:
+            return []
+        config, chunks = self._config, list[Chunk]()
+        left_s = self._allowed_s(decodes, now) - costs.prefill_s
+        left_s -= costs.step_time_s(self._shape(decodes, []))
+        floor_tokens, room_tokens = config.min_prefill_tokens, config.step_tokens_limit
+        for sequence in self._roster.prompts:
+            token_s = costs.prefill_token_s + costs.prefill_rank_token_s * sequence.rank
+            left_s -= costs.cached_token_s * sequence.computed_tokens
+            tokens = min(room_tokens, max(floor_tokens, _tokens_within(left_s, token_s)))
+            is_sliver = tokens < min(config.min_prefill_tokens, sequence.uncomputed_tokens)
+            if tokens <= 0 or (is_sliver and chunks and not floor_tokens):
+                break
+            chunk = self._chunk(sequence, tokens, now)
+            if chunk is None:
+                break
+            chunks.append((sequence, chunk))
+            left_s -= chunk.tokens * token_s
+            floor_tokens = max(0, floor_tokens - chunk.tokens)
+            room_tokens -= chunk.tokens
+        return chunks
+
+    def _allowed_s(self, decodes: list[Sequence], now: float) -> float:
+        """How long a step with prompts may take, see the top of this module."""
+        config = self._config
+        target_s = config.tbt_target_s
+        limit_s = max(target_s, config.step_limit_s)
+        if not decodes:
+            return limit_s
+        due_s = [one.next_token_due_s(target_s) for one in decodes if one.first_token_s is not None]
+        ahead_s = max(0.0, min(due_s) - now - target_s) if due_s else 0.0
+        waited_s = now - self._roster.prompts[0].request.arrived_s
+        impatience = min(1.0, max(0.0, waited_s / config.patience_s - 1.0))
+        allowed_s = target_s + config.slack_share * ahead_s
+        allowed_s += impatience * (limit_s - target_s)
+        return min(allowed_s, limit_s)
+
+    def _chunk(self, sequence: Sequence, tokens: int, now: float) -> StepWork | None:
+        due_tokens = sequence.uncomputed_tokens
+        tokens = min(tokens, due_tokens, self._memory.obtainable_tokens(sequence))
+        if tokens <= 0 or not self._grow(sequence, tokens, now):
+            return None
+        return StepWork(sequence.request_id, tokens, samples=tokens == due_tokens)
+
+    def _grow(self, sequence: Sequence, tokens: int, now: float) -> bool:
+        """Make blocks for its next tokens, from adapters that nobody uses if need be."""
+        memory = self._memory
+        missing_blocks = memory.missing_blocks(sequence, tokens)
+        evictions: list[EvictAdapter] | None = []
+        if missing_blocks > memory.pool.free_blocks:
+            evictions = memory.make_room(missing_blocks, spare=SPARE_NONE, now=now)
+        if evictions is None:
+            return False
+        self._out.extend(evictions)
+        memory.grow(sequence, tokens)
+        return True
+
+
+def _tokens_within(time_s: float, token_s: float) -> int:
+    """Tokens of that cost that fit the time; as many as one likes if they are free."""
+    if time_s <= 0:
+        return 0
+    return int(min(time_s / token_s, _MANY)) if token_s > 0 else _MANY
+
+
+_MANY = 1 << 30

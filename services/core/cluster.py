@@ -8,12 +8,12 @@ forgotten (cancelled or superseded while queued) or returned to its gateway (its
 Rules:
 - Waiting happens here, not at the workers: only what fits a worker's ledger is dispatched, and
   every event is followed by dispatches until the policy has none to give.
-- A request that was refused memory is not tried again before some is freed: dispatches only ever
-  make the others' need and the free memory smaller by the same adapter, so a refusal stands.
+- A running request may be squashed for another's sake: it is stopped, and its gateway submits it
+  again with the tokens that it has.
 - A later attempt supersedes an earlier one; known attempts are ignored.
 - A cancelled attempt that nobody knows is remembered for a worker's grace period: a scheduler that
   has restarted may hear of it from the gateway before it hears from the worker that runs it.
-- A request that no known worker could ever run is rejected, at submission or when it is offered.
+- A request that no known worker could ever run is rejected, at submission or when workers change.
 - Hints name the adapters of queued requests that their likely worker lacks (S-LoRA prefetches for
   its next batch), and are sent only when they change.
 
@@ -21,6 +21,7 @@ Expected of the shell: events of one stream in order, and no WorkerDetached or G
 stream that a newer one has replaced.
 """
 
+from dataclasses import replace
 from itertools import islice
 from typing import assert_never
 
@@ -39,26 +40,28 @@ from services.core.events import (
     ClusterEvent,
     GatewayAttached,
     GatewayDetached,
+    PeerEvent,
     RequestCancelled,
     RequestFinished,
+    RequestPrefilled,
     RequestStarted,
     RequestSubmitted,
     WorkerAttached,
     WorkerDetached,
     WorkerReported,
 )
-from services.core.ledger import Fit, can_ever_fit
-from services.core.placement import Placement
-from services.core.queues import QueuePolicy
-from services.core.snapshots import ClusterSnapshot, QueuedSnapshot, WaitsFor
+from services.core.ledger import can_ever_fit
+from services.core.queues import PoolSize, QueuePolicy, Refused, Squashed, Taken, wait_cause
+from services.core.snapshots import ClusterSnapshot, QueuedSnapshot, WaitCause
 from services.core.timers import earliest
-from services.core.types import Attempt, Request, RequestId, WorkerId
+from services.core.types import Attempt, Capacity, Request
 from services.core.whereabouts import Whereabouts
 from services.core.workers import Worker
 
 __all__ = ["ClusterConfig", "ClusterScheduler", "ClusterSnapshot"]
 
 _QUEUED_SHOWN = 100
+_TENANTS_SHOWN = 100
 _HINT_SCAN = 4  # queued requests looked at per adapter that may be hinted
 
 
@@ -68,22 +71,40 @@ class ClusterScheduler:
     def __init__(self, config: ClusterConfig, policy: QueuePolicy) -> None:
         self._config = config
         self._policy = policy
-        self._placement = Placement(load_bound=config.load_bound)
         self._state = Whereabouts(config, policy)
+        self._placement = self._state.placement
         self._open: list[Worker] = []
+        self._capacities: list[Capacity] = []  # distinct ones of all workers that there are
+        self._knows_capacities = True
         self._no_worker_since_s: float | None = None
         self._hints_due_s: float | None = None
         self._hints_planned_s = float("-inf")
-        self._now = float("-inf")
 
     def handle(self, event: ClusterEvent, *, now: float) -> list[ClusterDecision]:
         """Take in what happened; return what to do, in order."""
         state = self._state
+        state.now = now
         match event:
             case RequestSubmitted(request):
                 self._submit(request, now=now)
+            case RequestFinished():
+                self._finish(event, now=now)
+            case RequestPrefilled():
+                self._end_prefill(event)
+            case RequestStarted(worker_id, attempt):
+                if (worker := state.workers.get(worker_id)) is not None:
+                    worker.start(attempt)
+            case WorkerReported():
+                self._report(event)
             case RequestCancelled(attempt, cause):
                 self._cancel(attempt, cause, now=now)
+            case _:
+                self._handle_peer(event, now=now)
+        return self.tick(now=now)
+
+    def _handle_peer(self, event: PeerEvent, *, now: float) -> None:
+        state = self._state
+        match event:
             case GatewayAttached():
                 attach_gateway(state, event, now=now)
             case GatewayDetached():
@@ -91,25 +112,22 @@ class ClusterScheduler:
             case WorkerAttached():
                 attach_worker(state, event, now=now)
                 self._count_workers()
-            case WorkerReported():
-                self._report(event)
+                self._knows_capacities = False
             case WorkerDetached():
                 detach_worker(state, event, now=now)
                 self._count_workers()
-            case RequestStarted():
-                self._start(event)
-            case RequestFinished(worker_id, attempt):
-                self._finish(worker_id, attempt)
             case _:
                 assert_never(event)
-        return self.tick(now=now)
 
     def tick(self, *, now: float) -> list[ClusterDecision]:
         """Do what is due and what has become possible."""
-        self._now = now
+        self._state.now = now
         self._expire(now)
+        self._reject_hopeless()
+        self._state.let_pass(now=now)
+        is_back = bool(self._open) and self._no_worker_since_s is not None
         self._reject_without_worker(now)
-        self._dispatch(now)
+        self._dispatch(now, has_waited_for_worker=is_back)
         self._hint(now)
         decisions, self._state.out = self._state.out, []
         return decisions
@@ -124,7 +142,8 @@ class ClusterScheduler:
             state.claim_grace.next_s(),
             state.cancelled.next_s(),
             self._next_without_worker_s(),
-            self._policy.next_deadline(now=self._now),
+            self._policy.next_deadline(now=state.now),
+            state.gate.next_deadline(),
             self._hints_due_s,
         )
 
@@ -139,13 +158,14 @@ class ClusterScheduler:
             queued=tuple(
                 QueuedSnapshot(
                     request_id=request_id,
-                    queue=self._policy.queue_of(request_id),
+                    queue=state.queue_of(request_id),
                     waited_s=max(0.0, now - since_s),
-                    waits_for=self._waits_for(request),
+                    waits_for=self._waits_for(request, now=now),
                 )
                 for request_id, (request, since_s) in oldest
             ),
             gateways=sum(gateway.is_attached for gateway in state.gateways.values()),
+            tenants=tuple(islice(state.gate.snapshots(now=now), _TENANTS_SHOWN)),
         )
 
     def check_integrity(self) -> None:
@@ -180,8 +200,11 @@ class ClusterScheduler:
         elif len(state.queued) >= self._config.queue_limit:
             reason, retry_after_s = RejectReason.QUEUE_FULL, self._config.retry_after_s
         else:
-            state.enqueue(request, now=now)
-            return
+            refusal = state.enqueue(request, now=now)
+            if refusal is None:
+                return
+            reason = RejectReason.TENANT_QUOTA
+            retry_after_s = refusal.retry_after_s or self._config.retry_after_s
         state.out.append(Reject(request.gateway_id, request.attempt, reason, retry_after_s))
 
     def _cancel(self, attempt: Attempt, cause: str, *, now: float) -> None:
@@ -198,26 +221,39 @@ class ClusterScheduler:
     def _report(self, event: WorkerReported) -> None:
         worker = self._state.workers.get(event.worker_id)
         if worker is not None:
-            worker.report(event.resident, is_draining=event.draining)
+            worker.report(event.resident, is_draining=event.draining, costs=event.costs)
+            if event.costs is not None:
+                self._policy.learn(event.costs)
             if worker.is_open != (worker in self._open):
                 self._count_workers()
 
-    def _start(self, event: RequestStarted) -> None:
+    def _end_prefill(self, event: RequestPrefilled) -> None:
         worker = self._state.workers.get(event.worker_id)
-        if worker is not None:
-            worker.start(event.attempt)
+        if worker is None:
+            return
+        had_enough = self._placement.has_enough(worker)
+        worker.end_prefill(event.attempt)
+        if had_enough and not self._placement.has_enough(worker):
+            self._placement.forget_refusals()  # of those who were refused by the others alone
 
-    def _finish(self, worker_id: WorkerId, attempt: Attempt) -> None:
-        worker = self._state.workers.get(worker_id)
-        if worker is not None and attempt in worker.placed:
-            self._state.remove(worker, attempt, is_returned=False)
+    def _finish(self, event: RequestFinished, *, now: float) -> None:
+        worker = self._state.workers.get(event.worker_id)
+        if worker is not None and event.attempt in worker.placed:
+            self._state.finish(worker, event.attempt, event.output_tokens, now=now)
 
     def _count_workers(self) -> None:
         """The set of workers that take requests may have changed."""
         self._open = [w for w in self._state.workers.values() if w.is_open]
-        self._state.refused.clear()
+        self._placement.open_to(self._open)
+        kv_tokens = sum(w.capacity.pool_blocks * w.capacity.block_tokens for w in self._open)
+        kv_bytes = sum(w.capacity.pool_blocks * w.capacity.block_bytes for w in self._open)
         self._policy.resize(
-            sum(w.capacity.pool_blocks * w.capacity.block_tokens for w in self._open)
+            PoolSize(
+                kv_tokens=kv_tokens,
+                token_bytes=kv_bytes / kv_tokens if kv_tokens else 1.0,
+                workers=len(self._open),
+                max_requests=sum(w.capacity.max_requests for w in self._open),
+            )
         )
 
     # --- time -------------------------------------------------------------------------------
@@ -227,12 +263,26 @@ class ClusterScheduler:
         for request_id in state.deadlines.pop_due(now):
             state.reject_queued(request_id, RejectReason.DEADLINE)
         for worker_id in state.worker_grace.pop_due(now):
-            lose_worker(state, worker_id)
+            lose_worker(state, worker_id, now=now)
+            self._knows_capacities = False
         for gateway_id in state.gateway_grace.pop_due(now):
             lose_gateway(state, gateway_id)
         for request_id in state.claim_grace.pop_due(now):
             settle_claim(state, request_id)
         state.cancelled.pop_due(now)
+
+    def _reject_hopeless(self) -> None:
+        """Workers have come or gone: who fits none of those that there are now will never run."""
+        if self._knows_capacities:
+            return
+        self._knows_capacities = True
+        capacities = list(dict.fromkeys(w.capacity for w in self._state.workers.values()))
+        if capacities == self._capacities:
+            return
+        self._capacities = capacities
+        for request_id, (request, _) in list(self._state.queued.items()):
+            if not self._can_ever_run(request):
+                self._state.reject_queued(request_id, RejectReason.TOO_LARGE)
 
     def _reject_without_worker(self, now: float) -> None:
         if self._open:
@@ -253,46 +303,37 @@ class ClusterScheduler:
 
     # --- dispatch ---------------------------------------------------------------------------
 
-    def _dispatch(self, now: float) -> None:
-        if not self._open:
-            return
-        chosen: list[Worker] = []
-        hopeless: list[RequestId] = []
-
-        def place(request: Request) -> bool:
-            request_id = request.attempt.request_id
-            if request_id in self._state.refused:
-                return False
-            choice = self._placement.choose(request, self._open)
-            if isinstance(choice, Worker):
-                chosen[:] = [choice]
-                return True
-            self._state.refused.add(request_id)
-            if not self._can_ever_run(request):
-                hopeless.append(request_id)
-            return False
-
-        while (request := self._policy.take(place, now=now)) is not None or hopeless:
-            if request is not None:
-                self._state.dispatch(request, chosen[0], now=now)
-            while hopeless:
-                self._state.reject_queued(hopeless.pop(), RejectReason.TOO_LARGE)
+    def _dispatch(self, now: float, *, has_waited_for_worker: bool) -> None:
+        """Without a worker too: policies refuse who can't end in time any more."""
+        state, placement = self._state, self._placement
+        placement.begin(now=now)
+        while (outcome := self._policy.take(placement, now=now)) is not None:
+            match outcome:
+                case Taken():
+                    assert placement.chosen is not None
+                    if has_waited_for_worker:
+                        outcome = replace(outcome, waited_for="no_worker")
+                    worker, need = placement.chosen
+                    state.dispatch(outcome, worker, need, now=now)
+                case Squashed(attempt):
+                    state.squash(attempt)
+                case Refused(request_id, reason):
+                    state.refuse_taken(request_id, reason)
+                case _:
+                    assert_never(outcome)
 
     def _can_ever_run(self, request: Request) -> bool:
         """False if every worker there is, present or in its grace period, is too small."""
-        workers = self._state.workers.values()
-        return not workers or any(can_ever_fit(request, worker.capacity) for worker in workers)
+        capacities = self._capacities
+        return not capacities or any(can_ever_fit(request, one) for one in capacities)
 
-    def _waits_for(self, request: Request) -> WaitsFor:
+    def _waits_for(self, request: Request, *, now: float) -> WaitCause:
+        if request.attempt.request_id in self._state.gate:
+            return "tenant"
         if not self._open:
             return "no_worker"
-        match self._placement.choose(request, self._open):
-            case Fit.MEMORY:
-                return "memory"
-            case Fit.BATCH_SLOTS:
-                return "batch_slots"
-            case _:
-                return "order"
+        held_by = self._policy.held_by(request.attempt.request_id, now=now)
+        return held_by or wait_cause(self._placement.choose(request))
 
     # --- hints ------------------------------------------------------------------------------
 
@@ -310,7 +351,7 @@ class ClusterScheduler:
         if not self._open:
             return
         upcoming = islice(self._policy.upcoming(), _HINT_SCAN * depth * len(self._open))
-        hints = self._placement.plan_hints(upcoming, self._open, depth=depth)
+        hints = self._placement.plan_hints(upcoming)
         for worker in self._open:
             adapters = hints[worker.worker_id]
             if adapters != tuple(worker.hinted.values()):

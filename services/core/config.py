@@ -1,6 +1,10 @@
 """Limits and options of the two machines, plain values that services fill from their settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+from services.core.tenants import Tenants
+from services.core.types import Reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,13 @@ class ClusterConfig:
     prefetch_depth: int = 8  # adapters hinted per worker; 0 turns hints off
     prefetch_interval_s: float = 0.05  # between two looks at the queue for hints
     load_bound: float = 1.25  # requests of a worker over the mean, up to which affinity counts
+    reserve: Reserve = Reserve.PREDICTED
+    tenants: Tenants = field(default_factory=Tenants)
+    # Prompts that a worker may have waiting to be computed, in seconds of its time, before it gets
+    # another: who waits for compute waits in the policy's queue, where it can still be passed.
+    prefill_ahead_s: float = 0.4
+    # Dispatch at once, whatever the workers' memory: each then queues for itself (S-LoRA).
+    dispatches_ahead: bool = False
 
     def __post_init__(self) -> None:
         assert self.queue_limit >= 1
@@ -22,13 +33,30 @@ class ClusterConfig:
         assert self.prefetch_depth >= 0
         assert self.prefetch_interval_s > 0
         assert self.load_bound >= 1
+        assert self.prefill_ahead_s > 0
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaConfig:
     """Limits of one worker's scheduling."""
 
-    prefill_tokens_per_step: int = 256
+    # How prompts and decodes share steps, see `services.core.batching`. "target": a step takes as
+    # many prompt tokens as keep it within `tbt_target_s`; "chunked": `prefill_tokens_per_step`;
+    # "whole": newly admitted prompts are computed whole, in steps of their own (S-LoRA).
+    stepping: Literal["target", "chunked", "whole"] = "target"
+    tbt_target_s: float = 0.145  # of a step, hence of a request's mean time between tokens
+    slack_share: float = 1.0  # of the time all decoding requests are ahead of it, usable by a step
+    patience_s: float = 8.0  # a prompt that waited longer gets longer steps, all at twice as long
+    step_limit_s: float = 0.5  # of "target": no step is planned longer, even if nothing decodes
+    step_tokens_limit: int = 8192  # of "target": no step has more prompt tokens
+    min_prefill_tokens: int = 32  # of "target": prompts go on at least so fast
+    prefill_tokens_per_step: int = 256  # of "chunked"; of a batch that "whole" or "slora" admits
+    # Who may start, see `services.core.admission`. "promise": by the ledger's sum of promises;
+    # "slora": by the largest memory that all who run will hold together at one time.
+    admission: Literal["promise", "slora"] = "promise"
+    admission_every_steps: int = 1  # decode steps between two admissions while busy (S-LoRA: 10)
+    reserve: Reserve = Reserve.PREDICTED
+    keeps_idle_adapters: bool = True  # False: freed with their last user (S-LoRA)
     max_loads: int = 4  # at once, of adapters that are not in host memory
     max_hint_loads: int = 2  # of those, for requests that are not here yet
     max_hints: int = 64  # the rest of a longer hint is ignored
@@ -36,28 +64,11 @@ class ReplicaConfig:
 
     def __post_init__(self) -> None:
         assert self.prefill_tokens_per_step >= 1
+        assert self.step_tokens_limit >= self.min_prefill_tokens >= 1
+        assert min(self.tbt_target_s, self.step_limit_s) > 0
+        assert 0 <= self.slack_share <= 1
+        assert self.patience_s > 0
+        assert self.admission_every_steps >= 1
         assert self.max_loads >= 1
         assert self.max_hint_loads >= 0
         assert self.max_hints >= 0
-
-
-@dataclass(frozen=True, slots=True)
-class MultilevelConfig:
-    """Shape of the multi-level queue, see `services.core.multilevel`."""
-
-    # size = prompt_weight · prompt + output_weight · predicted output + cells_per_rank · rank,
-    # in tokens. 2 : 3 is the paper's A : B; 4 rows per rank is S-LoRA's charge (q, k, v, o).
-    prompt_weight: float = 1.0
-    output_weight: float = 1.5
-    cells_per_rank: float = 4.0
-    cutoffs: tuple[float, ...] = (384.0, 1024.0, 2560.0)  # level i takes sizes below cutoffs[i]
-    shares: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)  # of the workers' KV tokens, per level
-    starvation_s: float = 10.0  # who waited longer goes first, whatever its size or priority
-    bypasses: int = 16  # younger requests that may pass one that does not fit, before it blocks
-
-    def __post_init__(self) -> None:
-        assert len(self.shares) == len(self.cutoffs) + 1
-        assert list(self.cutoffs) == sorted(set(self.cutoffs))
-        assert min(self.shares) > 0
-        assert self.starvation_s >= 0
-        assert self.bypasses >= 0

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.core.events import LoadFailure
+from services.core.snapshots import WaitCause
 from services.core.types import Adapter, AdapterDigest, Attempt, GatewayId, RequestId, WorkerId
 
 # --- ClusterScheduler -------------------------------------------------------------------------
@@ -15,6 +16,8 @@ class RejectReason(StrEnum):
     QUEUE_FULL = "QUEUE_FULL"
     TOO_LARGE = "REQUEST_TOO_LARGE"
     DEADLINE = "DEADLINE_EXCEEDED"
+    DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"  # it cannot end in time: said before it is late
+    TENANT_QUOTA = "TENANT_QUOTA_EXCEEDED"
     NO_WORKER = "NO_WORKER"
 
 
@@ -25,6 +28,8 @@ class Dispatch:
     worker_id: WorkerId
     attempt: Attempt
     queue_s: float
+    queue: str  # the policy's name of the queue it waited in
+    waited_for: WaitCause  # what it waited for last
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from services.core.costs import StepCosts
 from services.core.types import (
     Adapter,
     AdapterDigest,
@@ -80,11 +81,12 @@ class WorkerAttached:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReported:
-    """What a worker holds now."""
+    """What a worker holds now, and what its steps cost if it has measured some."""
 
     worker_id: WorkerId
     resident: tuple[ResidentAdapter, ...]
     draining: bool
+    costs: StepCosts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,14 @@ class RequestStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestPrefilled:
+    """A worker has computed a request's prompt: its first token is there."""
+
+    worker_id: WorkerId
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
 class RequestFinished:
     """A worker is done with a request, however it ended."""
 
@@ -111,15 +121,14 @@ class RequestFinished:
     output_tokens: int
 
 
+PeerEvent = GatewayAttached | GatewayDetached | WorkerAttached | WorkerDetached
 ClusterEvent = (
-    RequestSubmitted
+    PeerEvent
+    | RequestSubmitted
     | RequestCancelled
-    | GatewayAttached
-    | GatewayDetached
-    | WorkerAttached
     | WorkerReported
-    | WorkerDetached
     | RequestStarted
+    | RequestPrefilled
     | RequestFinished
 )
 

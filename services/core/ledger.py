@@ -7,14 +7,14 @@ adapters of a batch). Adapters in memory that nobody uses are not counted: they 
 
 The cluster machine keeps one ledger per worker and dispatches what fits; the replica machine admits
 by a ledger of its own. Where the prediction held, what the first dispatches the second can start
-at once. The expected length is reserved, not the longest one, because that is most of what the
-paper gains over S-LoRA, which reserves the maximum.
+at once. How much output is promised is the `Reserve` rule: the expected length, not the longest
+one, because that is most of what the paper gains over S-LoRA, which reserves the maximum.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from services.core.types import Adapter, AdapterDigest, Attempt, Capacity, Request
+from services.core.types import Adapter, AdapterDigest, Attempt, Capacity, Request, Reserve
 
 
 class Fit(StrEnum):
@@ -22,7 +22,9 @@ class Fit(StrEnum):
 
     FITS = "fits"
     MEMORY = "memory"
+    ADAPTER = "adapter"  # there is memory for its tokens, but not for its adapter
     BATCH_SLOTS = "batch_slots"
+    PREFILL = "prefill"  # the worker has prompts enough to compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,9 @@ class Need:
     adapter_blocks: int
 
 
-def need_of(request: Request, capacity: Capacity) -> Need:
-    """What the request is expected to take at a worker of this capacity."""
-    tokens = request.context_tokens + request.remaining_output_tokens
+def need_of(request: Request, capacity: Capacity, reserve: Reserve) -> Need:
+    """What the request is promised at a worker of this capacity."""
+    tokens = request.context_tokens + request.reserved_output_tokens(reserve)
     return need_of_tokens(tokens, request.adapter, capacity)
 
 
@@ -102,8 +104,11 @@ class Ledger:
         """Whether the need can be promised now, with so many blocks out of reach."""
         if len(self._kv) >= self.capacity.max_requests:
             return Fit.BATCH_SLOTS
-        blocks = need.kv_blocks + self._uncharged_blocks(need)
-        return Fit.FITS if blocks <= self.free_blocks - unavailable_blocks else Fit.MEMORY
+        spare_blocks = self.capacity.pool_blocks - self._reserved_blocks - unavailable_blocks
+        spare_blocks -= need.kv_blocks
+        if spare_blocks < 0:
+            return Fit.MEMORY
+        return Fit.FITS if self._uncharged_blocks(need) <= spare_blocks else Fit.ADAPTER
 
     def reserve(self, attempt: Attempt, need: Need) -> None:
         """Promise the need, whether or not it fits: the caller decides that."""
@@ -147,5 +152,7 @@ class Ledger:
         assert blocks == self._reserved_blocks
 
     def _uncharged_blocks(self, need: Need) -> int:
-        share = self._shares.get(need.adapter) if need.adapter is not None else None
+        if need.adapter is None:
+            return 0
+        share = self._shares.get(need.adapter)
         return need.adapter_blocks if share is None else max(0, need.adapter_blocks - share.blocks)

@@ -4,19 +4,19 @@ Joins the pool (held now), the ledger (promised) and the adapter cache. Evicting
 here; preempting requests is the replica machine's decision.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
 from typing import Final
 
-from services.core.cache import AdapterCache, Urgency
+from services.core.cache import AdapterCache, CachedAdapter, Urgency, Wanted
 from services.core.decisions import EvictAdapter, LoadAdapter
 from services.core.eviction import EvictionPolicy
-from services.core.ledger import Fit, Ledger
+from services.core.ledger import Ledger
 from services.core.pool import BlockPool
 from services.core.sequence import Sequence
-from services.core.types import Adapter, AdapterDigest, Capacity
+from services.core.types import Adapter, AdapterDigest, Capacity, Reserve
 
 MemoryDecision = EvictAdapter | LoadAdapter
-Wanted = Callable[[], Mapping[AdapterDigest, Urgency]]
 
 SPARE_NONE: Final[Urgency] = (-1, 0)  # even the most urgent wanted adapter may go
 SPARE_ALL: Final[Urgency] = (2, 0)  # no wanted adapter may go
@@ -40,38 +40,39 @@ class DeviceMemory:
         self.pool = BlockPool(capacity.pool_blocks)
         self.ledger = Ledger(capacity)
         self.cache = AdapterCache(policy)
+        self.near: frozenset[AdapterDigest] = frozenset()  # in host memory
         self._wanted = wanted
 
-    def can_promise(self, sequence: Sequence) -> bool:
-        """True if the ledger has room and a slot for the sequence.
-
-        Loads that nobody uses yet hold blocks that cannot be had before they end.
-        """
-        out_of_reach = self.cache.unclaimed_loading_blocks(besides=sequence.digest)
-        need = sequence.need(self.capacity)
-        return self.ledger.fit(need, unavailable_blocks=out_of_reach) is Fit.FITS
-
-    def promise(self, sequence: Sequence, *, now: float) -> None:
+    def promise(self, sequence: Sequence, reserve: Reserve, *, now: float) -> None:
         """Charge the sequence, and count it as a user of its adapter, which is here or loading."""
-        self.ledger.reserve(sequence.attempt, sequence.need(self.capacity))
+        need = sequence.need(self.capacity, reserve)
+        sequence.promised_blocks = need.kv_blocks
+        self.ledger.reserve(sequence.attempt, need)
         if sequence.digest is not None:
             self.cache.use(sequence.digest, now=now)
 
     def release(self, sequence: Sequence, *, now: float) -> None:
         """Take back all that an admitted sequence holds and was promised."""
-        self.pool.release_kv(sequence.attempt)
+        self.pool.return_kv(sequence.held_blocks)
         self.ledger.release(sequence.attempt)
         if sequence.digest is not None:
             self.cache.unuse(sequence.digest, now=now)
 
-    def load(self, adapter: Adapter, *, spare: Urgency, now: float) -> list[MemoryDecision] | None:
+    def load(
+        self, adapter: Adapter, *, spare: Urgency, now: float, is_ahead: bool = False
+    ) -> list[MemoryDecision] | None:
         """Begin to load an absent adapter; None when its blocks cannot be had."""
         blocks = self.capacity.adapter_blocks(adapter)
         evictions = self.make_room(blocks, spare=spare, now=now)
         if evictions is None:
             return None
         self.pool.hold_adapter(adapter.digest, blocks)
-        self.cache.begin_load(adapter, blocks, now=now)
+        near_load_s = now if adapter.digest in self.near else None
+        self.cache.begin_load(
+            CachedAdapter(
+                adapter, blocks, last_used_s=now, is_ahead=is_ahead, near_load_s=near_load_s
+            )
+        )
         return [*evictions, LoadAdapter(adapter)]
 
     def drop(self, digest: AdapterDigest) -> None:
@@ -79,22 +80,38 @@ class DeviceMemory:
         self.cache.remove(digest)
         self.pool.release_adapter(digest)
 
+    def drop_abandoned(self) -> list[EvictAdapter]:
+        """Evict every idle adapter that is not kept for a request to come."""
+        abandoned = self.cache.abandoned()
+        for digest in abandoned:
+            self.drop(digest)
+        return [EvictAdapter(digest) for digest in abandoned]
+
     def missing_blocks(self, sequence: Sequence, tokens: int) -> int:
         """Blocks that the sequence lacks to compute so many more tokens."""
-        blocks = self.capacity.kv_blocks(sequence.computed_tokens + tokens)
-        return max(0, blocks - self.pool.kv_of(sequence.attempt))
+        short_tokens = sequence.computed_tokens + tokens - sequence.held_tokens
+        return max(0, self.capacity.kv_blocks(short_tokens))
 
     def obtainable_tokens(self, sequence: Sequence) -> int:
         """Tokens that the sequence could compute if every evictable adapter went."""
-        blocks = self.pool.kv_of(sequence.attempt) + self.pool.free_blocks
-        blocks += self.cache.evictable_blocks
-        return blocks * self.capacity.block_tokens - sequence.computed_tokens
+        blocks = self.pool.free_blocks + self.cache.evictable_blocks
+        held_tokens = sequence.held_tokens - sequence.computed_tokens
+        return held_tokens + blocks * self.capacity.block_tokens
 
     def grow(self, sequence: Sequence, tokens: int) -> None:
         """Give the sequence the blocks of its next tokens; there must be room."""
-        blocks = self.pool.kv_of(sequence.attempt) + self.missing_blocks(sequence, tokens)
-        self.pool.grow_kv(sequence.attempt, to_blocks=blocks)
-        self.ledger.raise_to(sequence.attempt, blocks)
+        more_blocks = self.missing_blocks(sequence, tokens)
+        if more_blocks:
+            self.add_blocks(sequence, more_blocks)
+
+    def add_blocks(self, sequence: Sequence, blocks: int) -> None:
+        """Give the sequence so many free blocks."""
+        self.pool.take_kv(blocks)
+        sequence.held_blocks += blocks
+        sequence.held_tokens += blocks * self.capacity.block_tokens
+        if sequence.held_blocks > sequence.promised_blocks:
+            sequence.promised_blocks = sequence.held_blocks
+            self.ledger.raise_to(sequence.attempt, sequence.held_blocks)
 
     def unpromised_blocks(self, hints: Iterable[Adapter]) -> int:
         """Blocks neither promised to a request nor taken by a load or an idle hinted adapter."""
@@ -110,8 +127,10 @@ class DeviceMemory:
         short_blocks = blocks - self.pool.free_blocks
         if short_blocks <= 0:
             return []
+        if short_blocks > self.cache.evictable_blocks:
+            return None
         chosen: list[AdapterDigest] = []
-        for digest in self.cache.victims(self._wanted(), spare=spare, now=now):
+        for digest in self.cache.victims(self._wanted, spare=spare, now=now):
             chosen.append(digest)
             short_blocks -= self.cache.blocks_of(digest)
             if short_blocks <= 0:
@@ -119,6 +138,24 @@ class DeviceMemory:
                     self.drop(victim)
                 return [EvictAdapter(victim) for victim in chosen]
         return None
+
+    def load_ahead(self, adapters: Ordered[Adapter], *, now: float) -> list[MemoryDecision]:
+        """Keep these adapters, and load the absent ones that are near into free blocks.
+
+        Nothing goes for them, and one block per admitted request stays free for its next tokens.
+        """
+        decisions: list[MemoryDecision] = []
+        self.cache.keep_only({adapter.digest for adapter in adapters})
+        for adapter in adapters:
+            if adapter.digest in self.cache or adapter.digest not in self.near:
+                continue
+            blocks = self.capacity.adapter_blocks(adapter) + len(self.ledger)
+            if blocks > self.pool.free_blocks:
+                break
+            loads = self.load(adapter, spare=SPARE_ALL, is_ahead=True, now=now)
+            assert loads is not None
+            decisions.extend(loads)
+        return decisions
 
     def check_integrity(self) -> None:
         """Assert that pool, ledger and cache agree."""

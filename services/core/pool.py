@@ -5,7 +5,7 @@ adapters fill the rest. This is the book of what is held now; who must give way 
 replica machine. `services.core.ledger` is the book of what was promised.
 """
 
-from services.core.types import AdapterDigest, Attempt
+from services.core.types import AdapterDigest
 
 
 class BlockPool:
@@ -13,53 +13,39 @@ class BlockPool:
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
-        self._kv: dict[Attempt, int] = {}
+        self.free_blocks = blocks  # that nothing holds
+        self.kv_blocks = 0  # that the KV cache holds
+        self.adapter_blocks = 0  # that adapters hold, loading ones included
         self._adapters: dict[AdapterDigest, int] = {}
-        self._free_blocks = blocks
 
-    @property
-    def free_blocks(self) -> int:
-        """Blocks that nothing holds."""
-        return self._free_blocks
+    def take_kv(self, blocks: int) -> None:
+        """Give the KV cache so many blocks more; whose they are, sequences remember."""
+        assert 0 <= blocks <= self.free_blocks
+        self.kv_blocks += blocks
+        self.free_blocks -= blocks
 
-    @property
-    def kv_blocks(self) -> int:
-        """Blocks that the KV cache holds."""
-        return sum(self._kv.values())
-
-    @property
-    def adapter_blocks(self) -> int:
-        """Blocks that adapters hold, loading ones included."""
-        return sum(self._adapters.values())
-
-    def kv_of(self, attempt: Attempt) -> int:
-        """Blocks of one sequence."""
-        return self._kv.get(attempt, 0)
-
-    def grow_kv(self, attempt: Attempt, *, to_blocks: int) -> None:
-        """Give a sequence blocks until it holds so many."""
-        more = to_blocks - self.kv_of(attempt)
-        assert 0 <= more <= self._free_blocks
-        self._kv[attempt] = to_blocks
-        self._free_blocks -= more
-
-    def release_kv(self, attempt: Attempt) -> None:
-        """Take back all blocks of a sequence."""
-        self._free_blocks += self._kv.pop(attempt, 0)
+    def return_kv(self, blocks: int) -> None:
+        """Take back blocks of the KV cache."""
+        assert 0 <= blocks <= self.kv_blocks
+        self.kv_blocks -= blocks
+        self.free_blocks += blocks
 
     def hold_adapter(self, digest: AdapterDigest, blocks: int) -> None:
         """Give an adapter its blocks; from the start of its load."""
         assert digest not in self._adapters
-        assert blocks <= self._free_blocks
+        assert blocks <= self.free_blocks
         self._adapters[digest] = blocks
-        self._free_blocks -= blocks
+        self.adapter_blocks += blocks
+        self.free_blocks -= blocks
 
     def release_adapter(self, digest: AdapterDigest) -> None:
         """Take back an adapter's blocks."""
-        self._free_blocks += self._adapters.pop(digest)
+        blocks = self._adapters.pop(digest)
+        self.adapter_blocks -= blocks
+        self.free_blocks += blocks
 
     def check_integrity(self) -> None:
         """Assert that every block is free or has one holder."""
-        assert all(blocks >= 0 for blocks in self._kv.values())
-        assert self._free_blocks >= 0
-        assert self.kv_blocks + self.adapter_blocks + self._free_blocks == self.blocks
+        assert min(self.free_blocks, self.kv_blocks) >= 0
+        assert self.adapter_blocks == sum(self._adapters.values())
+        assert self.kv_blocks + self.adapter_blocks + self.free_blocks == self.blocks

@@ -1,26 +1,106 @@
-"""The contract of a queue policy, and the order that all policies share.
+"""The contract of a queue policy, and containers that policies share.
 
 A policy decides which queued request goes next. It knows sizes, waits and how much of the workers'
-memory each of its queues has out, but no workers: the cluster machine offers it `place`, which says
-whether some worker can start a request at once and remembers which one. `take` asks for as few
-requests as it can, removes the first that may go and can be placed, and returns it; the machine
-calls it until it returns None. So a policy stays work-conserving by construction: it alone decides
-when to stop asking.
+memory each of its queues has out, but no workers: the cluster machine offers it a `Placer`, which
+says whether some worker can start a request at once, remembers which one, and predicts. `take` asks
+for as few requests as it can and returns one outcome; the machine calls it until it returns None.
+So a policy stays work-conserving by construction: it alone decides when to stop asking.
 
-Order within a queue: higher priority first, then requests that come back (their clients are in the
-middle of an answer), then arrival.
+Order within a first-come queue: higher priority first, then requests that come back (their clients
+are in the middle of an answer), then arrival.
 """
 
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Literal, Protocol
 
-from services.core.snapshots import QueueSnapshot
+from services.core.costs import StepCosts
+from services.core.decisions import RejectReason
+from services.core.ledger import Fit
+from services.core.snapshots import QueueSnapshot, WaitCause
 from services.core.types import Attempt, Request, RequestId
 
-Place = Callable[[Request], bool]
+
+class Placer(Protocol):
+    """What the cluster machine offers while a policy takes. Nothing it says changes within a take."""
+
+    @property
+    def version(self) -> int:
+        """Changes whenever one that was refused may fit: until then asking again is in vain."""
+        ...
+
+    @property
+    def free_tokens(self) -> int:
+        """Most KV tokens that any one worker has unpromised: who needs more cannot go."""
+        ...
+
+    def __call__(self, request: Request) -> Fit:
+        """Whether some worker can start it now; if it FITS the worker is remembered.
+
+        BATCH_SLOTS and PREFILL mean that no worker takes any request now: stop asking.
+        """
+        ...
+
+    def is_near(self, request: Request) -> bool:
+        """True if some worker has its adapter or expects it, or if it has none."""
+        ...
+
+    def free_in_s(self, request: Request) -> float:
+        """Predicted seconds until some worker's memory suffices for it; inf if that is unknown."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSize:
+    """What the workers that take requests can hold together."""
+
+    kv_tokens: int
+    token_bytes: float  # bytes of KV cache per token, to weigh adapters by
+    workers: int
+    max_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """This request goes to the worker that the placer chose for it; it was the last one asked."""
+
+    request: Request
+    queue: str
+    waited_for: WaitCause
+
+
+@dataclass(frozen=True, slots=True)
+class Squashed:
+    """This attempt, dispatched and not yet released, is stopped; its gateway submits it again."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """This queued request shall not run."""
+
+    request_id: RequestId
+    reason: Literal[RejectReason.DEADLINE_UNREACHABLE]
+
+
+Outcome = Taken | Squashed | Refused | None
+
+
+def wait_cause(fit: Fit) -> WaitCause:
+    """What a request waits for that was answered so."""
+    return _CAUSES[fit]
+
+
+_CAUSES: Final[dict[Fit, WaitCause]] = {
+    Fit.FITS: "order",
+    Fit.MEMORY: "memory",
+    Fit.ADAPTER: "adapter",
+    Fit.BATCH_SLOTS: "batch_slots",
+    Fit.PREFILL: "prefill",
+}
 
 
 class QueuePolicy(Protocol):
@@ -34,23 +114,27 @@ class QueuePolicy(Protocol):
     def __len__(self) -> int: ...
 
     def push(self, request: Request, *, now: float) -> None:
-        """Queue a request."""
+        """Queue a request. Attempts after the first have waited since their `arrived_s`."""
         ...
 
     def remove(self, request_id: RequestId) -> None:
         """A queued request leaves without being dispatched."""
         ...
 
-    def take(self, place: Place, *, now: float) -> Request | None:
-        """Remove and return the next request to dispatch, the last one that `place` accepted."""
+    def take(self, place: Placer, *, now: float) -> Outcome:
+        """The next thing to do; a request that is Taken or Refused has left its queue."""
         ...
 
-    def release(self, attempt: Attempt) -> None:
+    def release(self, attempt: Attempt, *, now: float) -> None:
         """A worker is done with a request; unknown ones (adopted by the cluster) are ignored."""
         ...
 
-    def resize(self, pool_tokens: int) -> None:
-        """The workers that take requests can hold so many tokens of KV cache in total."""
+    def resize(self, pool: PoolSize) -> None:
+        """The workers that take requests have changed."""
+        ...
+
+    def learn(self, costs: StepCosts) -> None:
+        """What work costs now, by what workers measured."""
         ...
 
     def next_deadline(self, *, now: float) -> float | None:
@@ -63,6 +147,10 @@ class QueuePolicy(Protocol):
 
     def queue_of(self, request_id: RequestId) -> str:
         """Name of the queue that a request waits in."""
+        ...
+
+    def held_by(self, request_id: RequestId, *, now: float) -> WaitCause | None:
+        """What of the policy's own holds a queued request; None if only a worker is missing."""
         ...
 
     def queues(self, *, now: float) -> tuple[QueueSnapshot, ...]:

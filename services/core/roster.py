@@ -1,23 +1,40 @@
-"""The requests at a worker, in order of arrival: those that wait and those that are admitted."""
+"""The requests at a worker, in order of arrival: who waits, who is admitted, who can be in a step.
 
-from bisect import insort
+An admitted sequence is in one of three places: `decoding` (one token is due), `prompts` (more are)
+or, until its adapter is there, in neither. The lists are kept as things happen, so that a step
+looks at nobody who has not changed.
+"""
 
+from bisect import bisect_left, insort
+
+from services.core.decisions import StepWork
 from services.core.sequence import Sequence
-from services.core.types import Attempt, Request, RequestId
+from services.core.types import AdapterDigest, Attempt, Request, RequestId
 
 
 class Roster:
-    """Both lists are oldest first. Several attempts of a request may be here while one leaves."""
+    """All lists are oldest first. Several attempts of a request may be here while one leaves."""
 
     def __init__(self) -> None:
         self.waiting: list[Sequence] = []
         self.admitted: list[Sequence] = []
+        self.decoding: list[Sequence] = []
+        self.prompts: list[Sequence] = []
+        self.decode_ranks = 0  # of the decoding ones' adapters, together
+        self._decodes: tuple[StepWork, ...] | None = None  # None: `decoding` has changed
+        self._awaiting: dict[AdapterDigest, list[Sequence]] = {}  # admitted, adapter not here
+        self._wanting: dict[AdapterDigest, list[Sequence]] = {}  # waiting ones by adapter
         self._sequences: dict[Attempt, Sequence] = {}
         self._latest: dict[RequestId, Sequence] = {}
         self._arrivals = 0
 
     def __len__(self) -> int:
         return len(self._sequences)
+
+    @property
+    def is_awaiting_loads(self) -> bool:
+        """True while an admitted request's adapter is not here."""
+        return bool(self._awaiting)
 
     def get(self, attempt: Attempt) -> Sequence | None:
         """The sequence of an attempt, if it is here."""
@@ -31,44 +48,127 @@ class Roster:
         """Everything that is here, in order of arrival."""
         return tuple(self._sequences.values())
 
+    def first_wanting(self, digest: AdapterDigest) -> Sequence | None:
+        """The oldest waiting request that wants this adapter."""
+        wanting = self._wanting.get(digest)
+        return wanting[0] if wanting else None
+
+    def decodes(self) -> tuple[StepWork, ...]:
+        """The work of every decoding sequence. The same object until `decoding` changes."""
+        if self._decodes is None:
+            self._decodes = tuple(sequence.decode for sequence in self.decoding)
+        return self._decodes
+
+    # --- changes ----------------------------------------------------------------------------
+
     def add(self, request: Request) -> None:
         """A request has arrived and waits."""
         assert request.attempt not in self._sequences
         self._arrivals += 1
-        sequence = Sequence(request, self._arrivals, request.context_tokens)
+        sequence = Sequence(request, self._arrivals)
         self._sequences[request.attempt] = sequence
-        self._latest[request.attempt.request_id] = sequence
-        self.waiting.append(sequence)
+        self._latest[sequence.request_id] = sequence
+        self._wait(sequence)
 
-    def admit(self, sequence: Sequence) -> None:
-        """It waits no more."""
-        self.waiting.remove(sequence)
+    def admit(self, sequence: Sequence, *, is_ready: bool) -> None:
+        """It waits no more; it can be in a step if its adapter `is_ready`."""
+        self._end_wait(sequence)
         sequence.is_admitted = True
         insort(self.admitted, sequence, key=_order)
+        if is_ready:
+            self._enter_steps(sequence)
+        else:
+            assert sequence.digest is not None
+            self._awaiting.setdefault(sequence.digest, []).append(sequence)
+
+    def end_load(self, digest: AdapterDigest) -> None:
+        """The adapter is here: those admitted for it can be in a step."""
+        for sequence in self._awaiting.pop(digest, ()):
+            self._enter_steps(sequence)
+
+    def end_prompt(self, sequence: Sequence) -> None:
+        """Of its known tokens only one is due now."""
+        _take_out(self.prompts, sequence)
+        self._enter_steps(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """It waits again, at its old place, with nothing computed."""
-        self.admitted.remove(sequence)
+        self._leave_steps(sequence)
         sequence.restart()
-        insort(self.waiting, sequence, key=_order)
+        self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """It leaves."""
         del self._sequences[sequence.attempt]
-        if self._latest.get(sequence.attempt.request_id) is sequence:
-            del self._latest[sequence.attempt.request_id]
-        (self.admitted if sequence.is_admitted else self.waiting).remove(sequence)
+        if self._latest.get(sequence.request_id) is sequence:
+            del self._latest[sequence.request_id]
+        if sequence.is_admitted:
+            self._leave_steps(sequence)
+        else:
+            self._end_wait(sequence)
 
     def check_integrity(self) -> None:
-        """Assert that every sequence is in one list, in order."""
+        """Assert that every sequence is where it should be, in order."""
         both = sorted([*self.waiting, *self.admitted], key=_order)
         assert both == list(self._sequences.values())
         assert self.waiting == [one for one in both if not one.is_admitted]
         assert self.admitted == [one for one in both if one.is_admitted]
+        awaiting = [one for group in self._awaiting.values() for one in group]
+        assert sorted([*self.decoding, *self.prompts, *awaiting], key=_order) == self.admitted
+        assert all(one.uncomputed_tokens == 1 for one in self.decoding)
+        assert all(one.uncomputed_tokens > 1 for one in self.prompts)
+        assert self.decode_ranks == sum(one.rank for one in self.decoding)
+        assert self.decodes() == tuple(one.decode for one in self.decoding)
+        wanting = [one for group in self._wanting.values() for one in group]
+        assert sorted(wanting, key=_order) == [one for one in self.waiting if one.digest]
         for request_id, sequence in self._latest.items():
-            assert sequence.attempt.request_id == request_id
+            assert sequence.request_id == request_id
             assert self._sequences[sequence.attempt] is sequence
+
+    def _wait(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_order)
+        if sequence.digest is not None:
+            insort(self._wanting.setdefault(sequence.digest, []), sequence, key=_order)
+
+    def _end_wait(self, sequence: Sequence) -> None:
+        _take_out(self.waiting, sequence)
+        if sequence.digest is not None:
+            _take_from_group(self._wanting, sequence.digest, sequence)
+
+    def _enter_steps(self, sequence: Sequence) -> None:
+        if sequence.uncomputed_tokens > 1:
+            insort(self.prompts, sequence, key=_order)
+            return
+        insort(self.decoding, sequence, key=_order)
+        self.decode_ranks += sequence.rank
+        self._decodes = None
+
+    def _leave_steps(self, sequence: Sequence) -> None:
+        _take_out(self.admitted, sequence)
+        if sequence.digest is not None and sequence.digest in self._awaiting:
+            _take_from_group(self._awaiting, sequence.digest, sequence)
+        elif sequence.uncomputed_tokens > 1:
+            _take_out(self.prompts, sequence)
+        else:
+            _take_out(self.decoding, sequence)
+            self.decode_ranks -= sequence.rank
+            self._decodes = None
 
 
 def _order(sequence: Sequence) -> int:
     return sequence.order
+
+
+def _take_out(sequences: list[Sequence], sequence: Sequence) -> None:
+    index = bisect_left(sequences, sequence.order, key=_order)
+    assert sequences[index] is sequence
+    del sequences[index]
+
+
+def _take_from_group(
+    groups: dict[AdapterDigest, list[Sequence]], digest: AdapterDigest, sequence: Sequence
+) -> None:
+    group = groups[digest]
+    _take_out(group, sequence)
+    if not group:
+        del groups[digest]

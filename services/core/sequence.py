@@ -1,35 +1,58 @@
 """A request inside a worker: how far its tokens are known and computed."""
 
-from dataclasses import dataclass
-
-from services.core.decisions import EndRequest, ExpireRequest
+from services.core.decisions import EndRequest, ExpireRequest, StepWork
 from services.core.events import RunningRequest
 from services.core.ledger import Need, need_of_tokens
-from services.core.types import AdapterDigest, Attempt, Capacity, Request
+from services.core.types import Capacity, Request, Reserve
 
 
-@dataclass(slots=True, eq=False)
 class Sequence:
-    """Known tokens are the context and what was sampled here; computed ones are in the KV cache."""
+    """Known tokens are the context and what was sampled here; computed ones are in the KV cache.
 
-    request: Request
-    order: int  # of arrival at this worker
-    known_tokens: int
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    is_admitted: bool = False
-    is_started: bool = False
-    leave_as: EndRequest | ExpireRequest | None = None  # once the step that it is in has ended
+    What never changes is kept beside the request, because steps ask for it all the time.
+    """
+
+    __slots__ = (
+        "attempt",
+        "computed_tokens",
+        "decode",
+        "digest",
+        "first_token_s",
+        "held_blocks",
+        "held_tokens",
+        "is_admitted",
+        "is_started",
+        "known_tokens",
+        "leave_as",
+        "order",
+        "promised_blocks",
+        "rank",
+        "request",
+        "request_id",
+    )
+
+    def __init__(self, request: Request, order: int) -> None:
+        self.request = request
+        self.order = order  # of arrival at this worker
+        self.attempt = request.attempt
+        self.request_id = request.attempt.request_id
+        self.digest = request.adapter.digest if request.adapter is not None else None
+        self.rank = request.adapter.rank if request.adapter is not None else 0
+        self.decode = StepWork(self.request_id, 1, samples=True)  # its work in every decode step
+        self.known_tokens = request.context_tokens
+        self.computed_tokens = 0
+        self.held_blocks = 0  # of KV cache
+        self.held_tokens = 0  # that they have room for
+        self.promised_blocks = 0
+        self.first_token_s: float | None = None
+        self.is_admitted = False
+        self.is_started = False
+        self.leave_as: EndRequest | ExpireRequest | None = None  # once its step has ended
 
     @property
-    def attempt(self) -> Attempt:
-        """Which run of the request this is."""
-        return self.request.attempt
-
-    @property
-    def digest(self) -> AdapterDigest | None:
-        """Its adapter; None for the base model."""
-        return self.request.adapter.digest if self.request.adapter is not None else None
+    def generated_tokens(self) -> int:
+        """Tokens that this attempt has sampled."""
+        return self.known_tokens - self.request.context_tokens
 
     @property
     def uncomputed_tokens(self) -> int:
@@ -41,22 +64,33 @@ class Sequence:
         """Tokens that it is expected to generate yet; at least one."""
         return max(1, self.request.remaining_output_tokens - self.generated_tokens)
 
-    def need(self, capacity: Capacity) -> Need:
-        """What it is expected to take until its end."""
-        tokens = self.known_tokens + self.remaining_output_tokens
+    def reserved_tokens(self, reserve: Reserve) -> int:
+        """Tokens that it is promised room to generate yet; at least one."""
+        return max(1, self.request.reserved_output_tokens(reserve) - self.generated_tokens)
+
+    def need(self, capacity: Capacity, reserve: Reserve) -> Need:
+        """What it is promised until its end."""
+        tokens = self.known_tokens + self.reserved_tokens(reserve)
         return need_of_tokens(tokens, self.request.adapter, capacity)
 
-    def finish_step(self, tokens: int, *, has_sampled: bool) -> None:
+    def finish_step(self, tokens: int, *, has_sampled: bool, now: float) -> None:
         """A step computed so many of its tokens and perhaps sampled one more."""
         self.computed_tokens += tokens
         if has_sampled:
             self.known_tokens += 1
-            self.generated_tokens += 1
+            if self.first_token_s is None:
+                self.first_token_s = now
         assert self.computed_tokens <= self.known_tokens
+
+    def next_token_due_s(self, target_s: float) -> float:
+        """When its next token must be there for its mean time between tokens to be the target."""
+        assert self.first_token_s is not None
+        return self.first_token_s + target_s * self.generated_tokens
 
     def restart(self) -> None:
         """Its KV cache is gone: all known tokens are to be computed again."""
         self.computed_tokens = 0
+        self.held_blocks = self.held_tokens = self.promised_blocks = 0
         self.is_admitted = False
         self.is_started = False
 

@@ -4,9 +4,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from services.core.events import ResidentAdapter, RunningRequest
-from services.core.types import Capacity, RequestId, WorkerId
+from services.core.types import Capacity, RequestId, TenantId, WorkerId
 
-WaitsFor = Literal["no_worker", "memory", "batch_slots", "order"]
+# Why a request waits. "prefill": the workers have prompts enough to compute; "quota": its queue has
+# its share of the memory out; "tenant": its tenant has; "order": somebody goes before it.
+WaitCause = Literal[
+    "nothing",
+    "no_worker",
+    "memory",
+    "adapter",
+    "batch_slots",
+    "prefill",
+    "quota",
+    "tenant",
+    "order",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +28,9 @@ class QueueSnapshot:
     name: str
     length: int
     oldest_s: float  # how long its oldest request has waited; 0 when empty
+    quota_tokens: float | None = None  # KV tokens it may have out; None: it has no quota
+    used_tokens: int = 0  # KV tokens it has out, borrowed ones included
+    size_limit: float | None = None  # sizes below it are queued here; None: there is no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +53,18 @@ class QueuedSnapshot:
     request_id: RequestId
     queue: str
     waited_s: float
-    waits_for: WaitsFor
+    waits_for: WaitCause
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSnapshot:
+    """A tenant's requests and what it took."""
+
+    tenant_id: TenantId
+    held: int  # requests that its quotas keep out of the queues
+    running: int  # passed and not left: in a queue or at a worker
+    tokens_per_s: float  # of requests that left in the last minute
+    available_tokens: float  # in its bucket, negative in debt; inf without a rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +76,7 @@ class ClusterSnapshot:
     workers: tuple[WorkerSnapshot, ...]
     queued: tuple[QueuedSnapshot, ...]  # the oldest 100
     gateways: int  # attached ones
+    tenants: tuple[TenantSnapshot, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class Timers(Generic[K]):
     def pop_due(self, now: float) -> list[K]:
         """Remove and return the keys whose time has come, earliest first."""
         due: list[K] = []
+        if not self._heap or self._heap[0][0] > now:
+            return due
         self._drop_stale()
         while self._heap and self._heap[0][0] <= now:
             key = heapq.heappop(self._heap)[2]
@@ -52,6 +54,15 @@ class Timers(Generic[K]):
             due.append(key)
             self._drop_stale()
         return due
+
+    def pop_first_due(self, now: float) -> K | None:
+        """Remove and return the key whose time came first, if any has come."""
+        due_s = self.next_s()
+        if due_s is None or due_s > now:
+            return None
+        key = heapq.heappop(self._heap)[2]
+        del self._live[key]
+        return key
 
     def check_integrity(self) -> None:
         """Assert that every live timer is in the heap and that stale entries are bounded."""

@@ -1,6 +1,7 @@
 """The values that events and decisions carry: requests, adapters and what a worker can hold."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NewType
 
 RequestId = NewType("RequestId", str)
@@ -27,6 +28,14 @@ class Attempt:
     number: int = 1
 
 
+class Reserve(StrEnum):
+    """How much output a request is promised memory for when it is admitted."""
+
+    MAX = "max"  # all that it may generate: S-LoRA's code
+    PREDICTED = "predicted"  # what is expected: Chameleon
+    QUANTILE = "quantile"  # what nine of ten such requests stay within
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request as both machines see it: sizes, owner and urgency, but not its tokens.
@@ -43,6 +52,7 @@ class Request:
     prior_output_tokens: int
     max_output_tokens: int  # in total, all attempts counted
     predicted_output_tokens: int  # in total, all attempts counted
+    output_tokens_q90: int  # likewise; nine of ten such requests end within it
     priority: int
     arrived_s: float
     deadline_s: float | None
@@ -50,8 +60,18 @@ class Request:
     @property
     def remaining_output_tokens(self) -> int:
         """Tokens this attempt is expected to generate; at least one, at most what it may."""
-        most = max(1, self.max_output_tokens - self.prior_output_tokens)
-        return min(most, max(1, self.predicted_output_tokens - self.prior_output_tokens))
+        return self._left(self.predicted_output_tokens)
+
+    def reserved_output_tokens(self, reserve: Reserve) -> int:
+        """Tokens this attempt is promised memory for; at least one, at most what it may."""
+        if reserve is Reserve.PREDICTED:
+            return self._left(self.predicted_output_tokens)
+        if reserve is Reserve.QUANTILE:
+            return self._left(max(self.predicted_output_tokens, self.output_tokens_q90))
+        return self._left(self.max_output_tokens)
+
+    def _left(self, total_tokens: int) -> int:
+        return max(1, min(total_tokens, self.max_output_tokens) - self.prior_output_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +83,11 @@ class Capacity:
     block_tokens: int
     max_requests: int
     max_context_tokens: int
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of KV cache per token."""
+        return self.block_bytes / self.block_tokens
 
     def kv_blocks(self, tokens: int) -> int:
         """Blocks that the KV cache of so many tokens takes."""

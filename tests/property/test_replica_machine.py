@@ -1,13 +1,19 @@
-"""Any order of dispatches, aborts, loads, failures, hints, deadlines and steps at one worker."""
+"""Any order of dispatches, aborts, loads, failures, hints, deadlines and steps at one worker.
+
+Under every discipline of steps, every rule of admission and every rule of reservation.
+"""
+
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from services.core import decisions as do
 from services.core import events as on
 from services.core.replica import ReplicaConfig, ReplicaScheduler
-from services.core.types import Adapter, Attempt, RequestId
-from tests.unit.core.core_world import CheckingEngine, adapter, capacity, request
+from services.core.types import Adapter, AdapterDigest, Attempt, Capacity, RequestId, Reserve
+from tests.unit.core.core_world import CheckingEngine, adapter, request
 
 ADAPTERS = [adapter(f"a{index}", blocks=1 + 3 * index) for index in range(6)]
 
@@ -23,27 +29,57 @@ class ReplicaMachine(RuleBasedStateMachine):
 
     @initialize(
         blocks=st.integers(20, 45),
+        block_tokens=st.sampled_from([1, 10]),
         slots=st.integers(1, 6),
         budget=st.integers(1, 64),
         loads=st.integers(1, 3),
-        eviction=st.sampled_from(["lru", "chameleon"]),
+        near=st.frozensets(st.sampled_from([one.digest for one in ADAPTERS])),
+        options=st.fixed_dictionaries(
+            {
+                "stepping": st.sampled_from(["target", "chunked", "whole"]),
+                "admission": st.sampled_from(["promise", "slora"]),
+                "admission_every_steps": st.sampled_from([1, 3, 10]),
+                "reserve": st.sampled_from(Reserve),
+                "keeps_idle_adapters": st.booleans(),
+                "eviction": st.sampled_from(["lru", "chameleon"]),
+            }
+        ),
     )
-    def build(self, blocks: int, slots: int, budget: int, loads: int, eviction: str) -> None:
+    def build(
+        self,
+        *,
+        blocks: int,
+        block_tokens: int,
+        slots: int,
+        budget: int,
+        loads: int,
+        near: frozenset[AdapterDigest],
+        options: dict[str, Any],
+    ) -> None:
         config = ReplicaConfig(
             prefill_tokens_per_step=budget,
+            min_prefill_tokens=min(budget, 16),
             max_loads=loads,
             max_hint_loads=min(loads, 2),
-            eviction=eviction,
+            **options,
         )
-        limits = capacity(blocks, requests=slots, context=300)
+        limits = Capacity(blocks * 10 // block_tokens, 100 * block_tokens, block_tokens, slots, 300)
         self.replica = ReplicaScheduler(config, limits)
         self.twin = ReplicaScheduler(config, limits)
         self.engine = CheckingEngine(limits, config)
+        self.engine.near = near
+        self.handle(on.HostCacheChanged(near))
 
     def handle(self, event: on.ReplicaEvent) -> None:
         decisions = self.replica.handle(event, now=self.now)
         assert decisions == self.twin.handle(event, now=self.now), "same events, same decisions"
         self.engine.perform(decisions)
+        self.check_promises(decisions)
+
+    def check_promises(self, decisions: list[do.ReplicaDecision]) -> None:
+        """Who was promised the maximum never gives way."""
+        if self.engine.config.reserve is Reserve.MAX:
+            assert not any(isinstance(decision, do.PreemptRequest) for decision in decisions)
 
     @rule(
         name=st.integers(0, 12),
@@ -87,6 +123,11 @@ class ReplicaMachine(RuleBasedStateMachine):
     def hint(self, wanted: list[Adapter]) -> None:
         self.handle(on.AdaptersWanted(tuple(wanted)))
 
+    @rule(near=st.frozensets(st.sampled_from([one.digest for one in ADAPTERS])))
+    def change_host_cache(self, near: frozenset[AdapterDigest]) -> None:
+        self.engine.near = near
+        self.handle(on.HostCacheChanged(near))
+
     @precondition(lambda self: self.engine.loading)
     @rule(data=st.data(), fails=st.integers(0, 4))
     def end_load(self, data: st.DataObject, fails: int) -> None:
@@ -99,6 +140,7 @@ class ReplicaMachine(RuleBasedStateMachine):
     def run_steps(self, times: int) -> None:
         for _ in range(times):
             if self.engine.step is not None:
+                self.now += 0.01
                 self.handle(self.engine.finish_step(self.outputs))
                 self.replica.check_integrity()
 
@@ -108,6 +150,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         decisions = self.replica.tick(now=self.now)
         assert decisions == self.twin.tick(now=self.now)
         self.engine.perform(decisions)
+        self.check_promises(decisions)
         due_s = self.replica.next_deadline()
         if self.engine.step is None:
             assert due_s is None or due_s > self.now
@@ -141,6 +184,6 @@ class ReplicaMachine(RuleBasedStateMachine):
 
 
 ReplicaMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+    max_examples=300, stateful_step_count=40, deadline=None, derandomize=True
 )
 TestReplicaMachine = ReplicaMachine.TestCase

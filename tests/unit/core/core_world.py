@@ -1,18 +1,25 @@
 """What the tests of the core share: values, an engine that checks its orders, and a small world.
 
 `CheckingEngine` does what a worker's engine would and asserts the contract of every decision.
-`World` runs one ClusterScheduler and several ReplicaSchedulers in virtual time.
+`World` runs one ClusterScheduler and several ReplicaSchedulers in virtual time, with a gateway that
+counts every token and submits again what is returned to it.
 """
 
 import heapq
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import count
 from typing import assert_never
 
 from services.core import decisions as do
 from services.core import events as on
 from services.core.cluster import ClusterScheduler
+from services.core.config import ClusterConfig
+from services.core.costs import StepCosts
+from services.core.policies.fifo import Fifo
+from services.core.queues import QueuePolicy
 from services.core.replica import ReplicaConfig, ReplicaScheduler
+from services.core.snapshots import WaitCause
 from services.core.types import (
     Adapter,
     AdapterDigest,
@@ -50,22 +57,27 @@ def request(
     context: int = 10,
     output: int = 10,
     output_max: int | None = None,
+    output_q90: int | None = None,
+    prior: int = 0,
     priority: int = 0,
+    arrived_s: float = 0.0,
     deadline_s: float | None = None,
     gateway: GatewayId = GATEWAY,
+    tenant: str = "t",
 ) -> Request:
     """A request of `context` tokens that is expected to generate `output`."""
     return Request(
         attempt=attempt(name, number),
         gateway_id=gateway,
-        tenant_id=TenantId("t"),
+        tenant_id=TenantId(tenant),
         adapter=using,
         context_tokens=context,
-        prior_output_tokens=0,
+        prior_output_tokens=prior,
         max_output_tokens=output_max if output_max is not None else output,
         predicted_output_tokens=output,
+        output_tokens_q90=output_q90 if output_q90 is not None else output,
         priority=priority,
-        arrived_s=0.0,
+        arrived_s=arrived_s,
         deadline_s=deadline_s,
     )
 
@@ -78,10 +90,13 @@ class CheckingEngine:
         self.config = config
         self.loaded: dict[AdapterDigest, Adapter] = {}
         self.loading: dict[AdapterDigest, Adapter] = {}
+        self.near: frozenset[AdapterDigest] = frozenset()  # in host memory, as the replica is told
         self.known: dict[Attempt, tuple[Request, int]] = {}  # dispatched here, with known tokens
         self.open: dict[Attempt, int] = {}  # computed tokens
         self.step: tuple[do.StepWork, ...] | None = None
         self.left: dict[Attempt, do.ReplicaDecision] = {}
+        self.generated: dict[Attempt, int] = {}  # by those that have left
+        self.sampled: list[tuple[Attempt, int]] = []  # of the last step, with positions
         self.preemptions = 0
         self.loads = 0
 
@@ -96,7 +111,8 @@ class CheckingEngine:
                 case do.LoadAdapter(wanted):
                     assert wanted.digest not in self.loaded
                     assert wanted.digest not in self.loading
-                    assert len(self.loading) < self.config.max_loads
+                    downloads = sum(digest not in self.near for digest in self.loading)
+                    assert wanted.digest in self.near or downloads < self.config.max_loads
                     self.loading[wanted.digest] = wanted
                     self.loads += 1
                 case do.EvictAdapter(digest):
@@ -124,6 +140,7 @@ class CheckingEngine:
         """The outstanding step ends: due tokens are sampled, complete requests end."""
         assert self.step is not None
         sampled, ended = [], []
+        self.sampled = []
         for work in self.step:
             current = self._open_attempt(work.request_id)
             self.open[current] += work.tokens
@@ -131,7 +148,9 @@ class CheckingEngine:
                 source, tokens = self.known[current]
                 self.known[current] = (source, tokens + 1)
                 sampled.append(work.request_id)
-                if tokens + 1 - source.context_tokens >= outputs[work.request_id]:
+                self.sampled.append((current, tokens))
+                generated = tokens + 1 - source.context_tokens + source.prior_output_tokens
+                if generated >= outputs[work.request_id]:
                     ended.append(work.request_id)
         self.step = None
         return on.StepFinished(tuple(sampled), tuple(ended))
@@ -159,7 +178,11 @@ class CheckingEngine:
                 seen_prefill = True
                 prefill_tokens += work.tokens
             assert due > 1 or not seen_prefill, "decodes come first"
-        assert prefill_tokens <= self.config.prefill_tokens_per_step
+        if self.config.stepping == "chunked":
+            assert prefill_tokens <= self.config.prefill_tokens_per_step
+        if self.config.stepping == "whole" and seen_prefill:
+            self.step = steps
+            return
         decoding = {a for a in self.open if self.known[a][1] - self.open[a] == 1}
         assert decoding <= in_step, "a step leaves out no decode"
         self.step = steps
@@ -169,7 +192,9 @@ class CheckingEngine:
         if self.step is not None and gone in self.open:
             assert all(work.request_id != gone.request_id for work in self.step)
         self.open.pop(gone, None)
-        self.known.pop(gone, None)
+        if gone in self.known:
+            source, tokens = self.known.pop(gone)
+            self.generated[gone] = tokens - source.context_tokens
         self.left[gone] = decision
 
     def _open_attempt(self, request_id: RequestId) -> Attempt:
@@ -191,6 +216,119 @@ class CheckingEngine:
         assert blocks <= self.limits.pool_blocks, "more memory used than there is"
 
 
+def went(
+    worker_id: WorkerId,
+    name: str,
+    queue_s: float = 0.0,
+    *,
+    number: int = 1,
+    queue: str = "fifo",
+    waited_for: WaitCause = "nothing",
+) -> do.Dispatch:
+    """The decision that sends a request to a worker."""
+    return do.Dispatch(worker_id, attempt(name, number), queue_s, queue, waited_for)
+
+
+# Without hints; what the figures of scenes depend on is told, whatever the defaults are.
+QUIET = ClusterConfig(prefetch_depth=0, prefill_ahead_s=0.1, load_bound=1.25)
+
+
+class Scene:
+    """A cluster with one call per event; every call checks it and returns the decisions."""
+
+    def __init__(
+        self,
+        *workers: WorkerId,
+        policy: QueuePolicy | None = None,
+        config: ClusterConfig | None = None,
+        limits: Capacity | None = None,
+        has_gateway: bool = True,
+    ) -> None:
+        policy = Fifo() if policy is None else policy
+        self.cluster = ClusterScheduler(config or QUIET, policy)
+        if has_gateway:
+            self.gateway()
+        for worker_id in workers:
+            self.worker(worker_id, limits=limits)
+
+    def handle(self, event: on.ClusterEvent, now: float) -> list[do.ClusterDecision]:
+        decisions = self.cluster.handle(event, now=now)
+        self.cluster.check_integrity()
+        due_s = self.cluster.next_deadline()
+        assert due_s is None or due_s > now, "an event settles what is due"
+        return decisions
+
+    def tick(self, now: float) -> list[do.ClusterDecision]:
+        decisions = self.cluster.tick(now=now)
+        self.cluster.check_integrity()
+        due_s = self.cluster.next_deadline()
+        assert due_s is None or due_s > now, "a tick settles what is due"
+        return decisions
+
+    def gateway(
+        self, *placed: tuple[Attempt, WorkerId], gateway_id: GatewayId = GATEWAY, now: float = 0.0
+    ) -> list[do.ClusterDecision]:
+        return self.handle(on.GatewayAttached(gateway_id, placed), now)
+
+    def gateway_leaves(
+        self, *, gateway_id: GatewayId = GATEWAY, now: float
+    ) -> list[do.ClusterDecision]:
+        return self.handle(on.GatewayDetached(gateway_id), now)
+
+    def worker(
+        self,
+        worker_id: WorkerId,
+        *announced: on.RunningRequest,
+        now: float = 0.0,
+        has: Iterable[Adapter] = (),
+        limits: Capacity | None = None,
+    ) -> list[do.ClusterDecision]:
+        limits = limits or capacity()
+        resident = tuple(
+            on.ResidentAdapter(one.digest, limits.adapter_blocks(one), 0) for one in has
+        )
+        event = on.WorkerAttached(worker_id, limits, announced, resident, draining=False)
+        return self.handle(event, now)
+
+    def worker_leaves(self, worker_id: WorkerId, *, now: float) -> list[do.ClusterDecision]:
+        return self.handle(on.WorkerDetached(worker_id), now)
+
+    def report(
+        self,
+        worker_id: WorkerId,
+        *,
+        draining: bool = False,
+        costs: StepCosts | None = None,
+        now: float = 0.0,
+    ) -> list[do.ClusterDecision]:
+        return self.handle(on.WorkerReported(worker_id, (), draining, costs), now)
+
+    def submit(self, *requests: Request, now: float = 0.0) -> list[do.ClusterDecision]:
+        return [one for new in requests for one in self.handle(on.RequestSubmitted(new), now)]
+
+    def cancel(self, name: str, number: int = 1, *, now: float) -> list[do.ClusterDecision]:
+        return self.handle(on.RequestCancelled(attempt(name, number), "client_cancelled"), now)
+
+    def start(self, worker_id: WorkerId, name: str, *, now: float) -> list[do.ClusterDecision]:
+        return self.handle(on.RequestStarted(worker_id, attempt(name)), now)
+
+    def prefill(self, worker_id: WorkerId, name: str, *, now: float) -> list[do.ClusterDecision]:
+        return self.handle(on.RequestPrefilled(worker_id, attempt(name)), now)
+
+    def finish(
+        self, worker_id: WorkerId, name: str, number: int = 1, *, now: float, tokens: int = 1
+    ) -> list[do.ClusterDecision]:
+        return self.handle(on.RequestFinished(worker_id, attempt(name, number), tokens), now)
+
+    def dispatched(self) -> dict[WorkerId, int]:
+        workers = self.cluster.snapshot(now=0.0).workers
+        return {worker.worker_id: worker.dispatched for worker in workers}
+
+    def waits(self, *, now: float) -> dict[RequestId, WaitCause]:
+        """What each queued request is said to wait for."""
+        return {one.request_id: one.waits_for for one in self.cluster.snapshot(now=now).queued}
+
+
 class World:
     """One cluster, some workers, virtual time. Steps and loads take as long as told."""
 
@@ -206,6 +344,8 @@ class World:
             i: CheckingEngine(limits, config) for i, (limits, config) in workers.items()
         }
         self.requests: dict[Attempt, Request] = {}
+        self.latest: dict[RequestId, Attempt] = {}
+        self.emitted: dict[RequestId, int] = {}  # tokens that the client has, all attempts counted
         self.outputs: dict[RequestId, int] = {}
         self.outcome: dict[Attempt, str] = {}
         self.started_s: dict[Attempt, float] = {}
@@ -223,7 +363,9 @@ class World:
     def submit(self, new: Request, *, at_s: float, output: int | None = None) -> None:
         """Send a request at a time; its true output length is the predicted one if not given."""
         self.requests[new.attempt] = new
-        self.outputs[new.attempt.request_id] = output or new.remaining_output_tokens
+        self.latest[new.attempt.request_id] = new.attempt
+        self.emitted[new.attempt.request_id] = new.prior_output_tokens
+        self.outputs[new.attempt.request_id] = output or new.predicted_output_tokens
         self.at(at_s, lambda: self.to_cluster(on.RequestSubmitted(new)))
 
     def run(self, *, until_s: float = 1e6) -> None:
@@ -268,7 +410,7 @@ class World:
                 case do.Forget(forgotten):
                     self._finish(forgotten, "forgotten")
                 case do.Return(_, returned, _):
-                    self._finish(returned, "returned")
+                    self._submit_again(returned)
                 case _:
                     assert_never(decision)
 
@@ -291,23 +433,58 @@ class World:
             case do.RunStep(work):
                 self.at(
                     self.now + 0.01 + 0.0001 * sum(part.tokens for part in work),
-                    lambda: self.to_replica(worker_id, engine.finish_step(self.outputs)),
+                    lambda: self._end_step(worker_id),
                 )
             case do.StartRequest(started):
                 self.started_s.setdefault(started, self.now)
                 event = on.RequestStarted(worker_id, started)
                 self.at(self.now, lambda: self.to_cluster(event))
             case do.EndRequest(gone) | do.ExpireRequest(gone) | do.FailRequest(gone):
-                self._finish(gone, type(decision).__name__)
+                if self.outcome.get(gone) != "returned":
+                    self._finish(gone, type(decision).__name__)
                 resident = self.replicas[worker_id].snapshot().resident
                 report = on.WorkerReported(worker_id, resident, draining=False)
-                done = on.RequestFinished(worker_id, gone, 1)
+                done = on.RequestFinished(worker_id, gone, engine.generated.get(gone, 0))
                 self.at(self.now, lambda: self.to_cluster(report))
                 self.at(self.now, lambda: self.to_cluster(done))
             case do.EvictAdapter() | do.PreemptRequest():
                 pass
             case _:
                 assert_never(decision)
+
+    def _end_step(self, worker_id: WorkerId) -> None:
+        """Tokens reach the client before what the cluster makes of them."""
+        engine = self.engines[worker_id]
+        event = engine.finish_step(self.outputs)
+        first_tokens = []
+        for sampled, position in engine.sampled:
+            source, request_id = self.requests[sampled], sampled.request_id
+            if position == source.context_tokens:
+                first_tokens.append(on.RequestPrefilled(worker_id, sampled))
+            if self.latest[request_id] == sampled:
+                prompt_tokens = source.context_tokens - source.prior_output_tokens
+                assert position == prompt_tokens + self.emitted[request_id], "no gap, no repeat"
+                self.emitted[request_id] += 1
+        self.to_replica(worker_id, event)
+        for first in first_tokens:
+            self.to_cluster(first)
+
+    def _submit_again(self, returned: Attempt) -> None:
+        """As a gateway does: with the tokens that the client has, unless it has them all."""
+        source, request_id = self.requests[returned], returned.request_id
+        emitted = self.emitted[request_id]
+        if emitted == self.outputs[request_id]:
+            return
+        assert self.latest[request_id] == returned
+        assert self.outcome.get(returned) != "returned", "an attempt is returned once"
+        self.outcome[returned] = "returned"
+        again = replace(
+            source,
+            attempt=Attempt(request_id, returned.number + 1),
+            context_tokens=source.context_tokens - source.prior_output_tokens + emitted,
+            prior_output_tokens=emitted,
+        )
+        self.submit(again, at_s=self.now, output=self.outputs[request_id])
 
     def _finish(self, gone: Attempt, outcome: str) -> None:
         assert gone not in self.outcome, "a request leaves once"

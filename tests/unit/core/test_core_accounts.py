@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.core.cache import AdapterCache
+from services.core.cache import AdapterCache, CachedAdapter, Urgency
 from services.core.eviction import (
     Chameleon,
     ChameleonWeights,
@@ -13,7 +13,10 @@ from services.core.eviction import (
 from services.core.ledger import Fit, Ledger, can_ever_fit, need_of
 from services.core.pool import BlockPool
 from services.core.timers import Timers, earliest
+from services.core.types import AdapterDigest, Reserve
 from tests.unit.core.core_world import adapter, attempt, capacity, request
+
+PREDICTED = Reserve.PREDICTED
 
 
 def test_timers_fire_in_order_of_time_then_of_setting() -> None:
@@ -35,6 +38,16 @@ def test_a_moved_timer_fires_once_at_its_new_time() -> None:
     assert timers.pop_due(3.0) == ["a"]
 
 
+def test_timers_that_are_due_can_be_taken_one_by_one() -> None:
+    timers: Timers[str] = Timers()
+    for name, at_s in (("b", 2.0), ("a", 1.0), ("gone", 1.5), ("late", 3.0)):
+        timers.set(name, at_s=at_s)
+    timers.cancel("gone")
+    assert [timers.pop_first_due(2.0) for _ in range(3)] == ["a", "b", None]
+    timers.check_integrity()
+    assert timers.next_s() == 3.0
+
+
 def test_cancelled_timers_do_not_pile_up() -> None:
     timers: Timers[int] = Timers()
     for index in range(10_000):
@@ -49,7 +62,7 @@ def test_a_shared_adapter_is_charged_once_and_given_back_with_its_last_user() ->
     ledger, limits = Ledger(capacity(20)), capacity(20)
     big = adapter(blocks=10)
     for name in ("a", "b", "c"):
-        need = need_of(request(name, using=big, context=10, output=10), limits)
+        need = need_of(request(name, using=big, context=10, output=10), limits, PREDICTED)
         assert ledger.fit(need) is Fit.FITS
         ledger.reserve(attempt(name), need)
     assert ledger.reserved_blocks == 10 + 3 * 2
@@ -65,10 +78,10 @@ def test_a_shared_adapter_is_charged_once_and_given_back_with_its_last_user() ->
 def test_the_ledger_says_what_is_missing() -> None:
     limits = capacity(10, requests=2)
     ledger = Ledger(limits)
-    ledger.reserve(attempt("a"), need_of(request("a", context=50, output=10), limits))
-    assert ledger.fit(need_of(request("b", context=50, output=10), limits)) is Fit.MEMORY
-    ledger.reserve(attempt("b"), need_of(request("b"), limits))
-    assert ledger.fit(need_of(request("c"), limits)) is Fit.BATCH_SLOTS
+    ledger.reserve(attempt("a"), need_of(request("a", context=50, output=10), limits, PREDICTED))
+    assert ledger.fit(need_of(request("b", context=50, output=10), limits, PREDICTED)) is Fit.MEMORY
+    ledger.reserve(attempt("b"), need_of(request("b"), limits, PREDICTED))
+    assert ledger.fit(need_of(request("c"), limits, PREDICTED)) is Fit.BATCH_SLOTS
 
 
 @pytest.mark.parametrize(
@@ -95,22 +108,33 @@ def test_an_adapter_counts_against_what_can_ever_fit() -> None:
 
 def test_the_pool_gives_out_every_block_once() -> None:
     pool = BlockPool(10)
-    pool.grow_kv(attempt("a"), to_blocks=3)
+    pool.take_kv(3)
     pool.hold_adapter(adapter().digest, 7)
     assert pool.free_blocks == 0
     with pytest.raises(AssertionError):
-        pool.grow_kv(attempt("a"), to_blocks=4)
-    pool.release_kv(attempt("a"))
+        pool.take_kv(1)
+    pool.return_kv(3)
     pool.release_adapter(adapter().digest)
     pool.check_integrity()
     assert pool.free_blocks == 10
+
+
+def victims(
+    cache: AdapterCache,
+    wanted: dict[AdapterDigest, Urgency] | None = None,
+    *,
+    spare: Urgency = (-1, 0),
+    now: float,
+) -> list[AdapterDigest]:
+    cache.check_integrity()
+    return list(cache.victims((wanted or {}).get, spare=spare, now=now))
 
 
 def loaded_cache(policy: EvictionPolicy, *names_and_blocks: tuple[str, int]) -> AdapterCache:
     cache = AdapterCache(policy)
     for name, blocks in names_and_blocks:
         one = adapter(name, blocks=blocks)
-        cache.begin_load(one, blocks, now=0.0)
+        cache.begin_load(CachedAdapter(one, blocks, last_used_s=0.0))
         cache.end_load(one.digest)
     return cache
 
@@ -118,16 +142,16 @@ def loaded_cache(policy: EvictionPolicy, *names_and_blocks: tuple[str, int]) -> 
 def test_adapters_in_use_or_loading_are_never_victims() -> None:
     cache = loaded_cache(Lru(), ("a", 1), ("b", 1))
     cache.use(adapter("a").digest, now=1.0)
-    cache.begin_load(adapter("c"), 1, now=1.0)
-    assert cache.victims({}, spare=(-1, 0), now=2.0) == [adapter("b").digest]
+    cache.begin_load(CachedAdapter(adapter("c"), 1, last_used_s=1.0))
+    assert victims(cache, now=2.0) == [adapter("b").digest]
 
 
 def test_wanted_adapters_go_last_and_the_least_urgent_first() -> None:
     cache = loaded_cache(Lru(), ("a", 1), ("b", 1), ("c", 1), ("d", 1))
     wanted = {adapter("a").digest: (0, 5), adapter("b").digest: (0, 2), adapter("c").digest: (1, 0)}
-    assert cache.victims(wanted, spare=(-1, 0), now=1.0) == ["d", "c", "a", "b"]
-    assert cache.victims(wanted, spare=(0, 4), now=1.0) == ["d", "c", "a"]
-    assert cache.victims(wanted, spare=(2, 0), now=1.0) == ["d"]
+    assert victims(cache, wanted, now=1.0) == ["d", "c", "a", "b"]
+    assert victims(cache, wanted, spare=(0, 4), now=1.0) == ["d", "c", "a"]
+    assert victims(cache, wanted, spare=(2, 0), now=1.0) == ["d"]
 
 
 def test_lru_evicts_the_one_unused_for_longest() -> None:
@@ -135,7 +159,7 @@ def test_lru_evicts_the_one_unused_for_longest() -> None:
     for name, now in (("a", 3.0), ("b", 1.0), ("c", 2.0)):
         cache.use(adapter(name).digest, now=now)
         cache.unuse(adapter(name).digest, now=now)
-    assert cache.victims({}, spare=(-1, 0), now=4.0) == ["b", "c", "a"]
+    assert victims(cache, now=4.0) == ["b", "c", "a"]
 
 
 def test_chameleon_keeps_large_frequent_and_recent_adapters() -> None:
@@ -145,7 +169,7 @@ def test_chameleon_keeps_large_frequent_and_recent_adapters() -> None:
             cache.use(adapter(name).digest, now=1.0)
             cache.unuse(adapter(name).digest, now=1.0)
     # Recency is equal; 0.45·1/10 + 0.45·1/16, then 0.45 + 0.45·1/16, then 0.45·1/10 + 0.45.
-    assert cache.victims({}, spare=(-1, 0), now=2.0) == ["small", "hot", "large"]
+    assert victims(cache, now=2.0) == ["small", "hot", "large"]
 
 
 def test_chameleon_forgets_uses_of_windows_long_past() -> None:
@@ -155,7 +179,7 @@ def test_chameleon_forgets_uses_of_windows_long_past() -> None:
         cache.unuse(adapter("old").digest, now=1.0)
     cache.use(adapter("new").digest, now=41.0)
     cache.unuse(adapter("new").digest, now=41.0)
-    assert cache.victims({}, spare=(-1, 0), now=42.0) == ["old", "new"]
+    assert victims(cache, now=42.0) == ["old", "new"]
 
 
 def test_an_unknown_eviction_policy_is_refused_by_name() -> None:

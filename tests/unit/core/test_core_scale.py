@@ -21,7 +21,7 @@ from tests.unit.core.core_world import GATEWAY, adapter, attempt, capacity, requ
 QUEUED = 20_000
 
 
-@pytest.mark.parametrize("policy", ["fifo", "multilevel"])
+@pytest.mark.parametrize("policy", ["fifo", "adaptive"])
 def test_20000_queued_requests_are_handled_in_seconds(policy: str) -> None:
     rng = random.Random(1)
     adapters = [adapter(f"a{i}", blocks=rng.choice([1, 2, 4, 8])) for i in range(1000)]

@@ -1,64 +1,9 @@
 """Who holds memory at a worker, and who gives way."""
 
-from typing import TypeVar
-
-from services.core.config import ReplicaConfig
-from services.core.decisions import (
-    EvictAdapter,
-    LoadAdapter,
-    PreemptRequest,
-    ReplicaDecision,
-    StartRequest,
-)
-from services.core.events import AdaptersWanted, ReplicaEvent, RequestAborted, RequestDispatched
-from services.core.replica import ReplicaScheduler
-from services.core.types import Request, RequestId
-from tests.unit.core.core_world import CheckingEngine, adapter, attempt, capacity, request
-
-D = TypeVar("D", bound=ReplicaDecision)
-
-
-class Bench:
-    """A machine and an engine that finishes loads and steps when told to."""
-
-    def __init__(self, *, blocks: int, slots: int = 16) -> None:
-        limits, options = capacity(blocks, requests=slots), ReplicaConfig()
-        self.machine = ReplicaScheduler(options, limits)
-        self.engine = CheckingEngine(limits, options)
-        self.outputs: dict[RequestId, int] = {}
-        self.log: list[ReplicaDecision] = []
-
-    def handle(self, event: ReplicaEvent) -> list[ReplicaDecision]:
-        decisions = self.machine.handle(event, now=float(len(self.log)))
-        self.machine.check_integrity()
-        self.engine.perform(decisions)
-        self.log += decisions
-        return decisions
-
-    def dispatch(self, new: Request, *, output: int | None = None) -> list[ReplicaDecision]:
-        self.outputs[new.attempt.request_id] = output or new.max_output_tokens
-        self.engine.receive(new)
-        return self.handle(RequestDispatched(new))
-
-    def load_all(self) -> None:
-        while self.engine.loading:
-            self.handle(self.engine.finish_load(next(iter(self.engine.loading))))
-
-    def step(self) -> list[ReplicaDecision]:
-        return self.handle(self.engine.finish_step(self.outputs))
-
-    def run(self, *, steps: int = 10_000) -> None:
-        for _ in range(steps):
-            self.load_all()
-            if self.engine.step is None:
-                return
-            self.step()
-
-    def resident(self) -> list[str]:
-        return sorted(one.digest for one in self.machine.snapshot().resident)
-
-    def of(self, kind: type[D]) -> list[D]:
-        return [decision for decision in self.log if isinstance(decision, kind)]
+from services.core.decisions import EvictAdapter, LoadAdapter, PreemptRequest, StartRequest
+from services.core.events import AdaptersWanted, RequestAborted
+from tests.unit.core.core_world import adapter, attempt, request
+from tests.unit.core.replica_bench import Bench
 
 
 def use_and_leave(bench: Bench, *names: str, blocks: int = 2) -> None:

@@ -36,7 +36,7 @@ class Replica:
         self, *, blocks: int = 100, slots: int = 16, prefill: int = 256, max_loads: int = 4
     ) -> None:
         self.machine = ReplicaScheduler(
-            ReplicaConfig(prefill_tokens_per_step=prefill, max_loads=max_loads),
+            ReplicaConfig(stepping="chunked", prefill_tokens_per_step=prefill, max_loads=max_loads),
             capacity(blocks, requests=slots),
         )
 

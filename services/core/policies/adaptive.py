@@ -1,0 +1,256 @@
+"""The default order: due times that grow with a request's own size, and nobody passed for long.
+
+Every request is due at
+
+    due = arrival + patience x expected seconds of service - priority x boost       (patience = 8)
+
+and whoever is due first goes first. A small request may be late by little, a large one by much, so
+small ones pass large ones that came a little earlier, and a large one is passed only by those that
+came within `patience` times its own service after it: slowdowns are alike and nobody starves. It is
+ageing by wait / expected service with a key that never changes, which a queue can be sorted by.
+Against Chameleon's queues: the size is seconds by costs that workers measured instead of
+rank x length; there is one work-conserving order instead of levels with quotas that can idle.
+
+- A deadline pulls the due time forward to the last moment at which the request can start and still
+  end in time. When that moment has passed it is refused at once rather than run in vain.
+- Tenants: the arrival is a fair one (`services.core.fairness`): who takes more than a weighted
+  share while others wait arrives later on paper.
+- A first request that lacks memory may be passed by those behind it that fit, for `drain_s` after
+  it first lacked it; then the workers drain until it fits. Passing keeps memory busy, the drain
+  keeps small requests and popular adapters from starving large or rare ones.
+- Names of queues are for people: sizes are split into thirds by the service that was expected of
+  recent requests, learned as they come.
+"""
+
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from services.core.costs import StepCosts
+from services.core.decisions import RejectReason
+from services.core.fairness import FairClock, Stamp
+from services.core.keyed import KeyedQueue
+from services.core.ledger import Fit
+from services.core.queues import Outcome, Placer, PoolSize, Refused, Taken, wait_cause
+from services.core.snapshots import QueueSnapshot, WaitCause
+from services.core.tenants import Tenants
+from services.core.timers import Timers
+from services.core.types import Attempt, Request, RequestId
+
+_SIZES: Final = ("small", "medium", "large")
+_SIZES_KEPT: Final = 512  # recent requests that the thirds are learned from
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveConfig:
+    """Shape of the order."""
+
+    patience: float = 8.0  # how many times its own service a request may be late
+    decode_share: float = 0.0  # of the seconds that its output takes, counted as its service
+    priority_s: float = 10.0  # how much earlier one step of priority makes a request due
+    drain_s: float = 1.0  # how long a request that lacks memory may be passed
+    passers: int = 16  # requests behind it that are asked
+    refuses_late: bool = True  # refuse who cannot end before its deadline any more
+
+    def __post_init__(self) -> None:
+        assert self.patience >= 0
+        assert self.priority_s >= 0
+        assert self.drain_s >= 0
+        assert 0 <= self.passers <= 48
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    request: Request
+    since_s: float
+    size: str
+    least_tokens: int  # of KV cache; more than that if more than the prediction is reserved
+    stamp: Stamp | None  # of the tenants' clock; only first attempts have one
+    cause: WaitCause = "nothing"
+    lacking_since_s: float | None = None
+
+
+class Adaptive:
+    """One queue by due time."""
+
+    name = "adaptive"
+
+    def __init__(
+        self, config: AdaptiveConfig | None = None, *, tenants: Tenants | None = None
+    ) -> None:
+        self._config = config or AdaptiveConfig()
+        self._clock = FairClock((tenants or Tenants()).weight)
+        self._now = float("-inf")
+        self._costs = StepCosts()
+        self._entries: dict[RequestId, _Entry] = {}
+        self._by_size: dict[str, dict[RequestId, _Entry]] = {size: {} for size in _SIZES}
+        self._queue: KeyedQueue[_Entry] = KeyedQueue()
+        self._last_starts: Timers[RequestId] = Timers()
+        self._sizes = _Thirds()
+        self._settled: int | None = None  # the placer's version at which nobody could go
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def push(self, request: Request, *, now: float) -> None:
+        """Queue a request by its due time."""
+        self._now = now
+        request_id = request.attempt.request_id
+        rank = request.adapter.rank if request.adapter is not None else 0
+        service_s = self._costs.prompt_s(request.context_tokens, rank)
+        service_s += self._config.decode_share * self._costs.decode_s(request)
+        arrived_s, stamp = request.arrived_s, None
+        if request.attempt.number == 1:
+            stamp = self._clock.arrive(request.tenant_id, service_s, now=now)
+            arrived_s += stamp.at_s - now
+        due_s = arrived_s + self._config.patience * service_s
+        if request.deadline_s is not None:
+            last_start_s = request.deadline_s - self._shortest_s(request)
+            due_s = min(due_s, last_start_s)
+            if self._config.refuses_late:
+                self._last_starts.set(request_id, at_s=last_start_s)
+        least_tokens = request.context_tokens + request.remaining_output_tokens
+        entry = _Entry(request, now, self._sizes.place(service_s), least_tokens, stamp)
+        self._entries[request_id] = self._by_size[entry.size][request_id] = entry
+        if self._queue.push(due_s - self._config.priority_s * request.priority, entry):
+            self._settled = None
+
+    def remove(self, request_id: RequestId) -> None:
+        """A queued request leaves without being dispatched."""
+        self._drop(self._entries[request_id], is_served=False)
+
+    def take(self, place: Placer, *, now: float) -> Outcome:
+        """Who is too late, else who is due first, else who may pass it."""
+        self._now = now
+        late_id = self._last_starts.pop_first_due(now)
+        if late_id is not None:
+            self._drop(self._entries[late_id], is_served=False)
+            return Refused(late_id, RejectReason.DEADLINE_UNREACHABLE)
+        first = self._queue.first()
+        if first is None or self._settled == place.version:
+            return None
+        taken = self._take_first(first, place, now=now)
+        self._settled = place.version if taken is None else None
+        return taken
+
+    def _take_first(self, first: _Entry, place: Placer, *, now: float) -> Taken | None:
+        fit = place(first.request)
+        if fit is Fit.FITS:
+            return self._go(first, now=now)
+        first.cause = wait_cause(fit)
+        if fit is Fit.BATCH_SLOTS or fit is Fit.PREFILL:
+            return None
+        if first.lacking_since_s is None:
+            first.lacking_since_s = now
+        return None if self._is_drained_for(first, now) else self._pass(place, now=now)
+
+    def release(self, attempt: Attempt, *, now: float) -> None:
+        """It has no quotas."""
+
+    def resize(self, pool: PoolSize) -> None:
+        """So many workers serve the tenants."""
+        self._clock.resize(pool.workers)
+
+    def learn(self, costs: StepCosts) -> None:
+        """Sizes of requests to come are taken by these."""
+        self._costs = costs
+
+    def next_deadline(self, *, now: float) -> float | None:  # noqa: ARG002 - timers know
+        """When a queued request can no longer end in time."""
+        return self._last_starts.next_s()
+
+    def upcoming(self) -> Iterator[Request]:
+        """Queued requests, the first ones in order."""
+        return (entry.request for entry in self._queue)
+
+    def queue_of(self, request_id: RequestId) -> str:
+        """Its size among recent ones."""
+        return self._entries[request_id].size
+
+    def held_by(self, request_id: RequestId, *, now: float) -> WaitCause | None:  # noqa: ARG002
+        """Others that are due earlier, unless it is the first."""
+        return None if self._queue.first() is self._entries[request_id] else "order"
+
+    def queues(self, *, now: float) -> tuple[QueueSnapshot, ...]:
+        """The thirds."""
+        return tuple(
+            self._snapshot(size, limit, now=now)
+            for size, limit in zip(_SIZES, (*self._sizes.cutoffs, None), strict=True)
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that the indexes agree."""
+        self._queue.check_integrity()
+        self._last_starts.check_integrity()
+        self._clock.check_integrity()
+        assert len(self._queue) == len(self._entries)
+        assert all(entry in self._queue for entry in self._entries.values())
+        assert len(self._last_starts) <= len(self._entries)
+        assert sum(len(entries) for entries in self._by_size.values()) == len(self._entries)
+
+    def _shortest_s(self, request: Request) -> float:
+        """Seconds from start to end at best: its prompt, then a step of its own per token."""
+        rank = request.adapter.rank if request.adapter is not None else 0
+        prompt_s = self._costs.prompt_s(request.context_tokens, rank)
+        return prompt_s + self._costs.step_s * (request.remaining_output_tokens - 1)
+
+    def _pass(self, place: Placer, *, now: float) -> Taken | None:
+        free_tokens = place.free_tokens
+        for entry in self._queue.front(1 + self._config.passers)[1:]:
+            fit = place(entry.request) if entry.least_tokens <= free_tokens else Fit.MEMORY
+            if fit is Fit.FITS:
+                return self._go(entry, now=now)
+            entry.cause = wait_cause(fit)
+            if self._is_drained_for(entry, now):
+                return None
+        return None
+
+    def _is_drained_for(self, entry: _Entry, now: float) -> bool:
+        """True if it may be passed no more: it has been first, and lacks memory for long."""
+        since_s = entry.lacking_since_s
+        return since_s is not None and now >= since_s + self._config.drain_s
+
+    def _go(self, entry: _Entry, *, now: float) -> Taken:
+        self._drop(entry, is_served=True)
+        is_unasked = entry.cause == "nothing" and now > entry.since_s
+        return Taken(entry.request, entry.size, "order" if is_unasked else entry.cause)
+
+    def _drop(self, entry: _Entry, *, is_served: bool) -> None:
+        request = entry.request
+        request_id = request.attempt.request_id
+        self._settled = None
+        self._queue.remove(entry)
+        del self._entries[request_id]
+        del self._by_size[entry.size][request_id]
+        if request.deadline_s is not None:
+            self._last_starts.cancel(request_id)
+        if entry.stamp is not None:
+            self._clock.leave(entry.stamp, now=self._now, is_served=is_served)
+
+    def _snapshot(self, size: str, limit: float | None, *, now: float) -> QueueSnapshot:
+        entries = self._by_size[size]
+        oldest = next(iter(entries.values()), None)
+        oldest_s = max(0.0, now - oldest.since_s) if oldest is not None else 0.0
+        return QueueSnapshot(size, len(entries), oldest_s, size_limit=limit)
+
+
+class _Thirds:
+    """Splits recent sizes into thirds."""
+
+    def __init__(self) -> None:
+        self.cutoffs: tuple[float, float] | tuple[None, None] = (None, None)
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def place(self, size: float) -> str:
+        """Which third a size belongs to; it counts from now on."""
+        self._recent.append(size)
+        insort(self._sorted, size)
+        if len(self._recent) > _SIZES_KEPT:
+            oldest = self._recent.popleft()
+            del self._sorted[bisect_right(self._sorted, oldest) - 1]
+        count = len(self._sorted)
+        self.cutoffs = cutoffs = (self._sorted[count // 3], self._sorted[2 * count // 3])
+        return _SIZES[bisect_right(cutoffs, size)]
