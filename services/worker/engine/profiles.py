@@ -1,14 +1,20 @@
-"""How long hardware takes, as the simulated engine believes it.
+"""How long hardware takes: the costs of the simulated engine, live and in `bench.sim`.
 
 `a40-llama-7b`: Llama-7B in fp16 on one A40 with 60,000 cached tokens. The coefficients are a fit to
 single-request times to first token published for adapters of rank 8 to 128 (74.1, 78.7, 88.1, 106.8
 and 144.2 ms) and to the shares of loading and adapter compute in them; modelled, not measured.
+`a40-24g-llama-7b`: the same card with half its memory. Of an A40's 45 GiB the pool above takes
+29.3, the weights 12.6 and the rest 3.1; a card of 24 GiB that holds the latter two has 8.3 GiB,
+17,000 tokens, for the pool.
+`a100-llama-7b`, `h200-llama-8b`: derived from the A40's by the ratios of published peak compute
+(149.7, 312 and 989.5 dense fp16 TFLOP/s) and memory bandwidth (696, 2039 and 4800 GB/s), see
+`_derived`; modelled, and less certain than the A40's.
 `cpu-smollm2`: SmolLM2-135M in bf16 on two idle CPU cores, fitted to this engine's own decode steps
 of 1, 8 and 32 sequences (10.5, 17.3 and 29.6 ms; 38.5 ms with 32 over eight adapters and the base)
 and to its prefill of 2,300 tokens/s.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 
@@ -20,7 +26,7 @@ class StepLoad:
     prefill_rank_tokens: int  # sum of tokens x rank
     decode_sequences: int
     decode_ranks: int
-    cached_tokens: int  # context of the decoding sequences
+    cached_tokens: int  # KV cache that is read: contexts of decodes, prefixes of prompt chunks
     has_adapters: bool
 
 
@@ -70,28 +76,85 @@ class HardwareProfile:
 
 
 _LLAMA_7B_KV_BYTES = 2 * 32 * 4096 * 2
+_LLAMA_8B_KV_BYTES = 2 * 32 * 8 * 128 * 2
 _SMOLLM2_KV_BYTES = 2 * 30 * 3 * 64 * 2
+
+
+def _derived(
+    base: HardwareProfile,
+    *,
+    name: str,
+    compute: float,
+    bandwidth: float,
+    parameters: float = 1.0,
+    kv_bytes_per_token: int,
+    pool_tokens: int,
+    link: float = 1.0,
+) -> HardwareProfile:
+    """The base on a device so many times as fast, for a model so many times as large.
+
+    Weights and cached tokens are read, prompt tokens computed. LoRA rows are read, too: at the
+    fitted 1.3 us per token and rank the kernels reach 1 % of the card's peak compute. What the host
+    does per step, per launch and per sequence stays as it is.
+    """
+    kv_share = kv_bytes_per_token / base.kv_bytes_per_token
+    return replace(
+        base,
+        name=name,
+        kv_bytes_per_token=kv_bytes_per_token,
+        memory_bytes=pool_tokens * kv_bytes_per_token,
+        weights_ms=base.weights_ms * parameters / bandwidth,
+        token_ms=base.token_ms * parameters / compute,
+        cached_token_ms=base.cached_token_ms * kv_share / bandwidth,
+        rank_token_ms=base.rank_token_ms / bandwidth,
+        decode_rank_ms=base.decode_rank_ms / bandwidth,
+        load_bytes_per_s=base.load_bytes_per_s * link,
+    )
+
+
+_A40 = HardwareProfile(
+    name="a40-llama-7b",
+    vocab_size=32_000,
+    eos_token_ids=(2,),
+    max_context_tokens=4096,
+    kv_bytes_per_token=_LLAMA_7B_KV_BYTES,
+    memory_bytes=60_000 * _LLAMA_7B_KV_BYTES,
+    fixed_ms=6.0,
+    weights_ms=19.4,
+    token_ms=0.173,
+    sequence_ms=0.1,
+    cached_token_ms=1.08e-3,
+    prefill_lora_ms=11.5,
+    decode_lora_ms=5.0,
+    rank_token_ms=1.29e-3,
+    decode_rank_ms=0.0042,
+    load_bytes_per_s=10.15 * 2**20 * 1000,
+)
 
 PROFILES: Final = {
     profile.name: profile
     for profile in (
-        HardwareProfile(
-            name="a40-llama-7b",
-            vocab_size=32_000,
-            eos_token_ids=(2,),
-            max_context_tokens=4096,
+        _A40,
+        replace(_A40, name="a40-24g-llama-7b", memory_bytes=17_000 * _LLAMA_7B_KV_BYTES),
+        # 80 GiB less the same 15.7 GiB.
+        _derived(
+            _A40,
+            name="a100-llama-7b",
+            compute=312 / 149.7,
+            bandwidth=2039 / 696,
             kv_bytes_per_token=_LLAMA_7B_KV_BYTES,
-            memory_bytes=60_000 * _LLAMA_7B_KV_BYTES,
-            fixed_ms=6.0,
-            weights_ms=19.4,
-            token_ms=0.173,
-            sequence_ms=0.1,
-            cached_token_ms=1.08e-3,
-            prefill_lora_ms=11.5,
-            decode_lora_ms=5.0,
-            rank_token_ms=1.29e-3,
-            decode_rank_ms=0.0042,
-            load_bytes_per_s=10.15 * 2**20 * 1000,
+            pool_tokens=131_000,
+        ),
+        # 139 GiB less 15 of weights and 4; PCIe 5 instead of 4.
+        _derived(
+            _A40,
+            name="h200-llama-8b",
+            compute=989.5 / 149.7,
+            bandwidth=4800 / 696,
+            parameters=8.03 / 6.74,
+            kv_bytes_per_token=_LLAMA_8B_KV_BYTES,
+            pool_tokens=983_000,
+            link=2.0,
         ),
         HardwareProfile(
             name="cpu-smollm2",

@@ -49,7 +49,10 @@ class _Sequence:
 
 
 class SimulatedEngine:
-    """See `Engine`. `sleep` takes seconds; a simulation in virtual time passes its own."""
+    """See `Engine`. `sleep` takes seconds; who runs in virtual time passes both it and `clock`.
+
+    What this process takes to make the tokens is part of the step's time, not on top of it.
+    """
 
     def __init__(
         self,
@@ -58,11 +61,13 @@ class SimulatedEngine:
         *,
         seed: int = 0,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._info = info
         self._profile = profile
         self._seed = seed
         self._sleep = sleep
+        self._clock = clock
         self._ranks: dict[str, int] = {}
         self._sequences: dict[str, _Sequence] = {}
 
@@ -86,15 +91,16 @@ class SimulatedEngine:
         assert len(self._sequences) < self._info.max_sequences
         assert 0 < len(spec.token_ids) <= self._info.max_context_tokens
         rank = 0 if spec.adapter_digest is None else self._ranks[spec.adapter_digest]
-        seed = hash64(self._seed, spec.sampling.seed)
+        seed = sequence_seed(self._seed, spec.sampling.seed)
         self._sequences[spec.sequence_id] = _Sequence(spec, seed, len(spec.token_ids), 0, rank)
 
     def close_sequence(self, sequence_id: str) -> None:
         self._sequences.pop(sequence_id, None)
 
     def step(self, items: Sequence[StepItem]) -> list[SampledToken | SequenceFailure]:
+        start_s = self._clock()
         chunks = [(self._sequences[item.sequence_id], item.num_tokens) for item in items]
-        self._sleep(self._profile.step_s(_load_of(chunks)))
+        end_s = start_s + self._profile.step_s(_load_of(chunks))
         results: list[SampledToken | SequenceFailure] = []
         for sequence, num_tokens in chunks:
             sequence.computed += num_tokens
@@ -102,6 +108,7 @@ class SimulatedEngine:
             if sequence.computed == sequence.known:
                 results.append(self._draw(sequence))
                 sequence.known += 1
+        self._sleep(max(0.0, end_s - self._clock()))
         return results
 
     def _draw(self, sequence: _Sequence) -> SampledToken:
@@ -125,6 +132,11 @@ class SimulatedEngine:
         while token_id in self._info.eos_token_ids:
             token_id -= 1
         return token_id
+
+
+def sequence_seed(engine_seed: int, sampling_seed: int) -> int:
+    """The seed of a sequence; its length follows from it."""
+    return hash64(engine_seed, sampling_seed)
 
 
 def output_tokens(seed: int) -> int:
@@ -174,6 +186,6 @@ def _load_of(chunks: Sequence[tuple[_Sequence, int]]) -> StepLoad:
         prefill_rank_tokens=sum(item.rank * num_tokens for item, num_tokens in prefill),
         decode_sequences=len(decode),
         decode_ranks=sum(item.rank for item in decode),
-        cached_tokens=sum(item.computed for item in decode),
+        cached_tokens=sum(item.computed for item, _ in chunks),
         has_adapters=any(item.rank for item, _ in chunks),
     )
