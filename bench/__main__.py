@@ -10,6 +10,7 @@ from bench import report
 NAMES: Final = {
     "spine": "32 concurrent requests over 8 adapters and the base: the suite against PEFT",
     "accuracy": "each example adapter at its own job, through the whole suite, against the base",
+    "replay": "one trace live over gRPC and simulated: same decisions, same times to first token",
 }
 
 

@@ -21,11 +21,12 @@ class Target:
     target: float
     value: float
     unit: str
+    is_upper: bool = False  # the value must not be above the target; otherwise not below it
 
     @property
     def holds(self) -> bool:
-        """All targets are lower bounds."""
-        return self.value >= self.target
+        """NaN holds nowhere."""
+        return self.value <= self.target if self.is_upper else self.value >= self.target
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def write(report: Report, path: Path | None) -> None:
         verdict = "holds" if target.holds else "MISSED"
         print(
             f"{verdict}: {target.name} = {target.value:.3g} {target.unit}"
-            f" (target {target.target:g})"
+            f" (target {'at most ' if target.is_upper else ''}{target.target:g})"
         )
     if path is not None:
         path.write_text(json.dumps(_document(report), indent=1) + "\n")

@@ -12,7 +12,7 @@ from typing import Final
 from bench.sim.records import Result, percentile, tbt_of
 from bench.sim.simulation import Scenario, simulate
 
-_BRACKET_RPS: Final = 1.0  # width of the bracket that bisection begins with
+_BRACKET_RPS: Final = 0.5  # width of the first bracket; the next ones are twice as wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +65,22 @@ def knees(
     high_rps: float,
     slo: Slo | None = None,
     tolerance_rps: float = 0.1,
+    guess_rps: float | None = None,
 ) -> Knee:
-    """Search between two rates. `scenario_at(rate_rps, seed)` makes the run of a rate."""
+    """Search between two rates. `scenario_at(rate_rps, seed)` makes the run of a rate.
+
+    The search of the first seed begins at the guess, those of the others at the first one's knees.
+    """
     grid = Grid(low_rps, high_rps, tolerance_rps)
-    searches = [_Search(scenario_at, seed, slo or Slo()) for seed in seeds]
-    joint_rps = tuple(grid.highest(search.meets_joint) for search in searches)
-    # Who meets both meets the one, so the second search begins where the first ended.
-    ttft_rps = tuple(
-        grid.highest(search.meets_ttft, at_least=joint, below=search.least_without_ttft)
-        for search, joint in zip(searches, joint_rps, strict=True)
-    )
-    return Knee(ttft_rps, joint_rps)
+    ttft_rps: list[float] = []
+    joint_rps: list[float] = []
+    for seed in seeds:
+        search = _Search(scenario_at, seed, slo or Slo())
+        joint = grid.highest(search.meets_joint, guess=joint_rps[0] if joint_rps else guess_rps)
+        search.joint_rps = joint
+        ttft_rps.append(grid.highest(search.meets_ttft, guess=(ttft_rps or [joint])[0]))
+        joint_rps.append(joint)
+    return Knee(tuple(ttft_rps), tuple(joint_rps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,60 +91,66 @@ class Grid:
     high: float
     step: float
 
-    def highest(
-        self,
-        is_met: Callable[[float], bool],
-        *,
-        at_least: float | None = None,
-        below: float | None = None,
-    ) -> float:
-        """The highest rate that is met below the first bracket that is not; `low` if none is.
+    def highest(self, is_met: Callable[[float], bool], *, guess: float | None = None) -> float:
+        """A rate that is met while the next one is not: brackets grow from the guess, up or down.
 
-        Known before: that it is met at `at_least`, and not met at `below`.
+        `low` stands for anything below it.
         """
-        met = 0 if at_least is None else round((at_least - self.low) / self.step)
-        if met == 0 and not is_met(self.low):
-            return self.low
         last = round((self.high - self.low) / self.step)
         stride = max(1, round(_BRACKET_RPS / self.step))
-        failed = last + 1 if below is None else round((below - self.low) / self.step)
-        while met < min(last, failed - stride):
-            rung = min(last, met + stride)
-            if not is_met(self._rate(rung)):
-                failed = rung
-                break
-            met = rung
-        while failed - met > 1 and met < last:
+        first = 0 if guess is None else round((guess - self.low) / self.step)
+        met, failed = -1, last + 1
+        if is_met(self._rate(first)):
+            met = first
+            while met < last:
+                rung = min(last, met + stride)
+                if not is_met(self._rate(rung)):
+                    failed = rung
+                    break
+                met, stride = rung, 2 * stride
+        else:
+            failed = first
+            while failed > 0:
+                rung = max(0, failed - stride)
+                if is_met(self._rate(rung)):
+                    met = rung
+                    break
+                failed, stride = rung, 2 * stride
+        while failed - met > 1 and failed > 0:
             middle = (met + failed) // 2
             if is_met(self._rate(middle)):
                 met = middle
             else:
                 failed = middle
-        return self._rate(met)
+        return self._rate(max(0, met))
 
     def _rate(self, index: int) -> float:
         return round(self.low + index * self.step, 6)
 
 
 class _Search:
-    """Runs of one seed, each rate once."""
+    """Runs of one seed, each rate once, and none whose outcome others tell.
+
+    Set `joint_rps` when that knee is known: who meets both up to there meets the one.
+    """
 
     def __init__(self, scenario_at: Callable[[float, int], Scenario], seed: int, slo: Slo) -> None:
+        self.joint_rps = 0.0
         self._scenario_at = scenario_at
         self._seed = seed
         self._slo = slo
         self._verdicts: dict[float, tuple[bool, bool]] = {}
 
     def meets_ttft(self, rate_rps: float) -> bool:
+        if rate_rps not in self._verdicts:
+            if any(rate <= rate_rps and not ttft for rate, (ttft, _) in self._verdicts.items()):
+                return False
+            if rate_rps < self.joint_rps:
+                return True
         return self._verdict(rate_rps)[0]
 
     def meets_joint(self, rate_rps: float) -> bool:
         return self._verdict(rate_rps)[1]
-
-    @property
-    def least_without_ttft(self) -> float | None:
-        """Of the rates that were run so far."""
-        return min((rate for rate, (ttft, _) in self._verdicts.items() if not ttft), default=None)
 
     def _verdict(self, rate_rps: float) -> tuple[bool, bool]:
         if rate_rps not in self._verdicts:

@@ -71,6 +71,7 @@ class Plan:
     engine: str | None
     device: str | None
     dtype: str | None
+    system: str | None
     policy: str | None
     grace_s: float
     log_level: str
@@ -97,10 +98,11 @@ def process_specs(plan: Plan) -> tuple[ProcessSpec, ...]:
     peers = (("scheduler", endpoints.scheduler), ("adapter-store", endpoints.adapter_store))
     model = ("model", plan.model)
     engine = (("engine", plan.engine), ("device", plan.device), ("dtype", plan.dtype))
+    system = ("system", plan.system)
     flags = {
         "adapter_store": (model,),
-        "scheduler": (("policy", plan.policy),),
-        "worker": (*peers, model, *engine),
+        "scheduler": (system, ("policy", plan.policy)),
+        "worker": (*peers, model, system, *engine),
         "gateway": (*peers, model),
     }
     return tuple(

@@ -10,6 +10,7 @@ from datetime import UTC
 from calumma.adapter_store.v1 import adapter_store_pb2
 from calumma.common.v1 import common_pb2
 from calumma.gateway.v1 import gateway_pb2
+from calumma.scheduler.v1 import scheduler_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,43 @@ class QueueShape:
     name: str
     length: int
     oldest_s: float
+    quota_tokens: float | None
+    used_tokens: int
+    size_limit: float | None
+
+    @classmethod
+    def of(cls, queue: scheduler_pb2.QueueState) -> "QueueShape":
+        return cls(
+            name=queue.name,
+            length=queue.length,
+            oldest_s=queue.oldest_s,
+            quota_tokens=queue.quota_tokens if queue.HasField("quota_tokens") else None,
+            used_tokens=queue.used_tokens,
+            size_limit=queue.size_limit if queue.HasField("size_limit") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TenantShape:
+    """A tenant of the scheduler. `held` requests are kept out of the queues by its quotas."""
+
+    tenant: str
+    held: int
+    running: int
+    tokens_per_s: float
+    available_tokens: float | None
+
+    @classmethod
+    def of(cls, tenant: scheduler_pb2.TenantState) -> "TenantShape":
+        return cls(
+            tenant=tenant.tenant,
+            held=tenant.held,
+            running=tenant.running,
+            tokens_per_s=tenant.tokens_per_s,
+            available_tokens=tenant.available_tokens
+            if tenant.HasField("available_tokens")
+            else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +248,11 @@ class StatusShape:
 
     healthy: bool
     services: tuple[HealthShape, ...]
+    system: str
     policy: str
     gateways: int
     queues: tuple[QueueShape, ...]
+    tenants: tuple[TenantShape, ...]
     queued: tuple[WaitShape, ...]
     workers: tuple[WorkerShape, ...]
 

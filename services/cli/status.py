@@ -22,6 +22,7 @@ from services.cli.shapes import (
     QueueShape,
     ResidentShape,
     StatusShape,
+    TenantShape,
     WaitShape,
     WorkerShape,
     tier_name,
@@ -124,9 +125,11 @@ def take_snapshot(addresses: output.Addresses, names: _Names) -> StatusShape:
     return StatusShape(
         healthy=serving and any(worker.state == "serving" for worker in workers),
         services=tuple(health),
+        system=state.system,
         policy=state.policy,
         gateways=state.gateways,
-        queues=tuple(QueueShape(q.name, q.length, q.oldest_s) for q in state.queues),
+        queues=tuple(QueueShape.of(queue) for queue in state.queues),
+        tenants=tuple(TenantShape.of(tenant) for tenant in state.tenants),
         queued=_waits(state.queued),
         workers=workers,
     )

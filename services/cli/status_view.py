@@ -1,5 +1,6 @@
 """How `calumma status` looks on a terminal. A pure function of its snapshot."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
@@ -8,11 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from services.cli import output
-from services.cli.shapes import HealthShape, ResidentShape, StatusShape, WorkerShape
+from services.cli.shapes import (
+    HealthShape,
+    QueueShape,
+    ResidentShape,
+    StatusShape,
+    TenantShape,
+    WorkerShape,
+)
 
 _BAR_CELLS: Final = 32
 _ADAPTERS_SHOWN: Final = 24
-_WAITS_SHOWN: Final = 8
+_WAITS_SHOWN: Final = 5
 _STATE_STYLES: Final = {
     "serving": "green",
     "not_serving": "yellow",
@@ -50,18 +58,45 @@ def _services(services: tuple[HealthShape, ...]) -> Table:
 
 def _queues(status: StatusShape) -> RenderableType:
     waiting = sum(queue.length for queue in status.queues)
-    title = f"queues ({status.policy or 'unknown policy'}) · {waiting} waiting"
+    title = f"queues ({_scheduling(status)}) · {waiting} waiting"
     lines: list[Text] = [Text(), Text(f"{title} · gateways: {status.gateways}", style="bold")]
-    lines.extend(
-        Text(f"  {queue.name}: {queue.length}, oldest {output.seconds_text(queue.oldest_s)}")
-        for queue in status.queues
-        if queue.length
-    )
+    lines.extend(_queue(queue) for queue in status.queues if queue.length or queue.used_tokens)
+    lines.extend(_tenant(tenant) for tenant in status.tenants)
+    if causes := Counter(wait.waits_for for wait in status.queued):
+        told = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
+        lines.append(Text(f"  the oldest wait for: {told}"))
     for wait in status.queued[:_WAITS_SHOWN]:
         request_id = output.printable(wait.request_id)
         waited = output.seconds_text(wait.waited_s)
         lines.append(Text(f"  {request_id} waits {waited} for {wait.waits_for}", style="dim"))
     return Group(*lines)
+
+
+def _scheduling(status: StatusShape) -> str:
+    policy = status.policy or "unknown policy"
+    return policy if status.system in {"", policy} else f"{policy} in {status.system}"
+
+
+def _queue(queue: QueueShape) -> Text:
+    """Its length and age; what it has of the workers' memory, and what it takes in."""
+    line = Text(f"  {queue.name}: {queue.length}, oldest {output.seconds_text(queue.oldest_s)}")
+    if queue.quota_tokens is not None:
+        line.append(f" · {queue.used_tokens:,} of {queue.quota_tokens:,.0f} tokens out")
+    elif queue.used_tokens:
+        line.append(f" · {queue.used_tokens:,} tokens out")
+    if queue.size_limit is not None:
+        line.append(f" · sizes below {queue.size_limit:,.4g}")
+    return line
+
+
+def _tenant(tenant: TenantShape) -> Text:
+    line = Text(f"  tenant {output.printable(tenant.tenant)}: {tenant.running} requests")
+    line.append(f" · {tenant.tokens_per_s:,.0f} tokens/s")
+    if tenant.available_tokens is not None:
+        line.append(f" · {tenant.available_tokens:,.0f} available")
+    if tenant.held:
+        line.append(f" · {tenant.held} held by its quotas", style="yellow")
+    return line
 
 
 def _worker(worker: WorkerShape) -> Iterator[RenderableType]:

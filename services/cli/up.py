@@ -6,7 +6,7 @@ adapters, then shows the merged logs until Ctrl-C. A second Ctrl-C ends everythi
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -26,6 +26,8 @@ from services.cli.processes import Suite
 from services.common import base_model
 from services.common.base_model import DEFAULT_MODEL
 from services.common.clients import open_channel
+from services.core.policies import POLICY_NAMES
+from services.core.systems import SYSTEMS
 
 _GRACE_MARGIN_S: Final = 5.0  # for what a service does after its own grace period
 
@@ -47,7 +49,12 @@ def up(
     engine: Annotated[str | None, typer.Option(help="torch or simulated.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
-    policy: Annotated[str | None, typer.Option(help="multilevel or fifo.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help=f"How requests are scheduled: {', '.join(SYSTEMS)}.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help=f"Queues, not the system's: {', '.join(POLICY_NAMES)}.")
+    ] = None,
     home: Annotated[
         Path | None, typer.Option(file_okay=False, help="Cache folder instead of CALUMMA_HOME.")
     ] = None,
@@ -68,6 +75,8 @@ def up(
     With --json stdout is one JSON object per line: the services' own logs, and lines with
     "service": "up", among them one with "event": "ready", the endpoints and the adapters.
     """
+    _check_known("system", system, SYSTEMS)
+    _check_known("policy", policy, POLICY_NAMES)
     endpoints = Endpoints.on_loopback(port_base, workers)
     check_ports(endpoints)
     plan = Plan(
@@ -77,6 +86,7 @@ def up(
         engine=engine,
         device=device,
         dtype=dtype,
+        system=system,
         policy=policy,
         grace_s=grace,
         log_level=log_level,
@@ -84,6 +94,13 @@ def up(
     folders = {} if no_adapters else find_examples(adapters_folder)
     view = LogView(output.stdout, as_json=as_json)
     asyncio.run(_run(plan, folders, view, ready_timeout_s=ready_timeout))
+
+
+def _check_known(option: str, name: str | None, names: Collection[str]) -> None:
+    """Say before anything is started what the services would refuse."""
+    if name is not None and name not in names:
+        hint = f"there are: {', '.join(names)}"
+        raise CommandError(f"there is no {option} {name!r}", field=option, hint=hint)
 
 
 def _fetched(model: str, home: Path | None, *, needs_weights: bool) -> str:

@@ -41,7 +41,9 @@ class Reason(StrEnum):
     QUEUE_FULL = "QUEUE_FULL"
     REQUEST_ID_IN_USE = "REQUEST_ID_IN_USE"
     TOO_MANY_REQUESTS = "TOO_MANY_REQUESTS"
+    TENANT_QUOTA_EXCEEDED = "TENANT_QUOTA_EXCEEDED"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
     CANCELLED = "CANCELLED"
     NO_WORKER = "NO_WORKER"
     WORKER_LOST = "WORKER_LOST"
@@ -73,7 +75,9 @@ CODES: Final[dict[Reason, grpc.StatusCode]] = {
     Reason.QUEUE_FULL: _C.RESOURCE_EXHAUSTED,
     Reason.REQUEST_ID_IN_USE: _C.ALREADY_EXISTS,
     Reason.TOO_MANY_REQUESTS: _C.RESOURCE_EXHAUSTED,
+    Reason.TENANT_QUOTA_EXCEEDED: _C.RESOURCE_EXHAUSTED,
     Reason.DEADLINE_EXCEEDED: _C.DEADLINE_EXCEEDED,
+    Reason.DEADLINE_UNREACHABLE: _C.RESOURCE_EXHAUSTED,
     Reason.CANCELLED: _C.CANCELLED,
     Reason.NO_WORKER: _C.UNAVAILABLE,
     Reason.WORKER_LOST: _C.UNAVAILABLE,
@@ -142,6 +146,11 @@ class RpcError(Exception):
                     )
                 )
             )
+        if self.reason is Reason.TENANT_QUOTA_EXCEEDED:
+            quota = error_details_pb2.QuotaFailure.Violation(
+                subject="tenant", description=self.message
+            )
+            details.append(_packed(error_details_pb2.QuotaFailure(violations=[quota])))
         if context.retry_after_s is not None:
             delay = duration_pb2.Duration()
             delay.FromNanoseconds(int(context.retry_after_s * 1e9))

@@ -24,7 +24,7 @@ from services.core.types import Attempt, Request, RequestId
 
 
 class Placer(Protocol):
-    """What the cluster machine offers while a policy takes. Nothing it says changes within a take."""
+    """What the cluster machine offers a policy while it takes."""
 
     @property
     def version(self) -> int:

@@ -62,6 +62,14 @@ class Request:
         """Tokens this attempt is expected to generate; at least one, at most what it may."""
         return self._left(self.predicted_output_tokens)
 
+    @property
+    def sure_output_tokens(self) -> int:
+        """Tokens that nine of ten such attempts generate at least; one where little is known.
+
+        As far below the expected number as the 90th percentile is above it.
+        """
+        return self._left(2 * self.predicted_output_tokens - self.output_tokens_q90)
+
     def reserved_output_tokens(self, reserve: Reserve) -> int:
         """Tokens this attempt is promised memory for; at least one, at most what it may."""
         if reserve is Reserve.PREDICTED:

@@ -132,6 +132,7 @@ class Generations:
             raise deadline_error("admission") from None
         assert stopping.max_tokens is not None
         digest = adapter.digest if adapter is not None else None
+        prompt_tokens = len(prompt_token_ids)
         admitted = Admitted(
             client_id=client_id,
             wire_id=f"{client_id}.{secrets.token_hex(4)}",
@@ -140,9 +141,7 @@ class Generations:
             adapter=adapter,
             seed=_seed(spec),
             max_tokens=stopping.max_tokens,
-            predicted_output_tokens=self._predictor.predict(
-                digest, len(prompt_token_ids), stopping.max_tokens
-            ),
+            prediction=self._predictor.predict(digest, prompt_tokens, stopping.max_tokens),
             received_s=received_s,
             deadline_s=deadline_s,
             traceparent=traceparent,

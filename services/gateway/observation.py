@@ -14,7 +14,7 @@ from opentelemetry.util.types import AttributeValue
 from services.common import telemetry
 from services.common.errors import Reason, RpcError
 from services.common.interceptors import annotate
-from services.gateway.requests import OwnedRequest
+from services.gateway.requests import OwnedRequest, Placement
 from services.gateway.types import AdapterRef, ChatPrompt, GenerateSpec
 
 PROVIDER: Final = "calumma"
@@ -130,7 +130,7 @@ class Observation:
         annotate(
             prompt_tokens=len(admitted.prompt_token_ids),
             output_tokens=len(request.output),
-            predicted_output_tokens=admitted.predicted_output_tokens,
+            predicted_output_tokens=admitted.prediction.tokens,
             finish_reason=finish,
             worker_id=request.worker_id or "",
             resubmissions=request.number - 1,
@@ -143,8 +143,10 @@ class Observation:
                 "gen_ai.response.finish_reasons": [finish] if finish else [],
                 "gen_ai.usage.input_tokens": len(admitted.prompt_token_ids),
                 "gen_ai.usage.output_tokens": len(request.output),
-                "sched.predicted_output_tokens": admitted.predicted_output_tokens,
+                "sched.predicted_output_tokens": admitted.prediction.tokens,
                 **({} if ttft_s is None else {"gen_ai.response.time_to_first_chunk": ttft_s}),
+                "sched.output_tokens_q90": admitted.prediction.q90_tokens,
+                **_placement_attributes(request.placement),
                 **_adapter_attributes(admitted.adapter),
             }
         )
@@ -165,6 +167,12 @@ def _request_attributes(spec: GenerateSpec, *, streaming: bool) -> dict[str, Att
     if sampling.seed is not None and sampling.seed < 2**63:  # what an attribute can hold
         attributes["gen_ai.request.seed"] = sampling.seed
     return attributes
+
+
+def _placement_attributes(placement: Placement | None) -> dict[str, AttributeValue]:
+    if placement is None:
+        return {}
+    return {"calumma.queue": placement.queue, "calumma.waited_for": placement.waited_for}
 
 
 def _adapter_attributes(adapter: AdapterRef | None) -> dict[str, AttributeValue]:

@@ -15,6 +15,7 @@ from typing import Final
 
 from services.common.errors import Reason, RpcError
 from services.core.types import Attempt, RequestId
+from services.gateway.predictor import Prediction
 from services.gateway.text import IncrementalDetokenizer, StopStrings
 from services.gateway.tokenizer import ModelTokenizer
 from services.gateway.types import (
@@ -52,10 +53,20 @@ class Admitted:
     adapter: AdapterRef | None
     seed: int
     max_tokens: int
-    predicted_output_tokens: int
+    prediction: Prediction
     received_s: float
     deadline_s: float
     traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the scheduler sent an attempt, from which of its queues, and what kept it there."""
+
+    worker_id: str
+    queue_s: float
+    queue: str = ""
+    waited_for: str = ""
 
 
 class OwnedRequest:
@@ -70,6 +81,8 @@ class OwnedRequest:
         self.error: RpcError | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
+        self.placement: Placement | None = None
+        self._submitted_s: float | None = None
         self._stages = Timings()
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stops = StopStrings(admitted.spec.stopping.stop)
@@ -110,12 +123,19 @@ class OwnedRequest:
             return self._stages
         return Timings(decode_s=self.last_token_s - self.first_token_s).updated(self._stages)
 
-    def place(self, attempt: Attempt, worker_id: str, queue_s: float) -> Effect:
+    def waited_s(self, now_s: float) -> float:
+        """Seconds since it was first submitted; that is now if it never was."""
+        if self._submitted_s is None:
+            self._submitted_s = now_s
+        return now_s - self._submitted_s
+
+    def place(self, attempt: Attempt, placement: Placement) -> Effect:
         """The scheduler gave it to a worker."""
         if attempt != self.attempt or self.is_ended:
             return Effect.NOTHING
-        self.worker_id = worker_id
-        self._stages = self._stages.updated(Timings(queue_s=queue_s))
+        self.worker_id = placement.worker_id
+        self.placement = placement
+        self._stages = self._stages.updated(Timings(queue_s=placement.queue_s))
         return Effect.CHANGED
 
     def accept(self, run: TokenRun, worker_id: str, now_s: float) -> Effect:

@@ -124,7 +124,7 @@ class SchedulerLink:
                 placed = answer.placed
                 self._workers.expect(placed.worker_id)
                 self._streams.on_placed(
-                    wire.read_attempt(placed.attempt), placed.worker_id, placed.queue_s
+                    wire.read_attempt(placed.attempt), wire.read_placement(placed)
                 )
             case "rejected":
                 rejected = answer.rejected

@@ -15,7 +15,7 @@ from services.common.clients import Backoff
 from services.common.errors import Reason, RpcError
 from services.core.types import Attempt
 from services.gateway.outbox import Outbox
-from services.gateway.requests import Effect, OwnedRequest, deadline_error
+from services.gateway.requests import Effect, OwnedRequest, Placement, deadline_error
 from services.gateway.types import Finish, Piece, TokenRun
 
 _log = structlog.get_logger("streams")
@@ -144,9 +144,9 @@ class RequestStreams:
             and worker_id in {None, stream.request.worker_id}
         ]
 
-    def on_placed(self, attempt: Attempt, worker_id: str, queue_s: float) -> None:
+    def on_placed(self, attempt: Attempt, placement: Placement) -> None:
         if stream := self._streams.get(attempt.request_id):
-            self._perform(stream, stream.request.place(attempt, worker_id, queue_s))
+            self._perform(stream, stream.request.place(attempt, placement))
 
     def on_rejected(self, attempt: Attempt, error: RpcError) -> None:
         stream = self._streams.get(attempt.request_id)

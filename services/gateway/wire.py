@@ -12,7 +12,7 @@ from calumma.scheduler.v1 import scheduler_pb2
 from calumma.worker.v1 import worker_pb2
 from services.common.errors import Reason, RpcError
 from services.core.types import Attempt, RequestId
-from services.gateway.requests import OwnedRequest
+from services.gateway.requests import OwnedRequest, Placement
 from services.gateway.types import (
     TENANT,
     AdapterRef,
@@ -71,6 +71,10 @@ def attempt(value: Attempt) -> scheduler_pb2.Attempt:
     return scheduler_pb2.Attempt(request_id=value.request_id, attempt=value.number)
 
 
+def read_placement(placed: scheduler_pb2.RequestPlaced) -> Placement:
+    return Placement(placed.worker_id, placed.queue_s, placed.queue, placed.waited_for)
+
+
 def hello(gateway_id: str, placed: Iterable[OwnedRequest]) -> scheduler_pb2.SubmitRequest:
     requests = [
         scheduler_pb2.PlacedRequest(
@@ -109,7 +113,9 @@ def submit(request: OwnedRequest, gateway_id: str, now_s: float) -> scheduler_pb
         logprobs=spec.logprobs,
         priority=spec.priority,
         tenant=TENANT,
-        predicted_output_tokens=admitted.predicted_output_tokens,
+        predicted_output_tokens=admitted.prediction.tokens,
+        output_tokens_q90=admitted.prediction.q90_tokens,
+        waited_s=request.waited_s(now_s),
         time_left=_duration(admitted.deadline_s - now_s),
         gateway_id=gateway_id,
         traceparent=admitted.traceparent,
@@ -234,7 +240,7 @@ def _completion(request: OwnedRequest) -> gateway_pb2.Completion:
         usage=gateway_pb2.Usage(
             prompt_tokens=len(admitted.prompt_token_ids),
             output_tokens=len(request.output),
-            predicted_output_tokens=admitted.predicted_output_tokens,
+            predicted_output_tokens=admitted.prediction.tokens,
         ),
         timings=common_pb2.RequestTimings(
             queue_s=stages.queue_s,

@@ -1,14 +1,21 @@
 """What the scheduler can be told: `CALUMMA_SCHEDULER_…` or flags."""
 
+from collections.abc import Collection
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Final, Self
 
-from pydantic import Field
-from pydantic_settings import SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from services.common.config import ServiceSettings
 from services.core.config import ClusterConfig
+from services.core.policies import POLICY_NAMES
+from services.core.systems import SYSTEMS
+from services.core.types import Reserve
 from services.scheduler.journal import CoreRecipe
+from services.scheduler.options import split_options
+from services.scheduler.tenants import load_tenants
 
 
 class SchedulerSettings(ServiceSettings):
@@ -21,8 +28,27 @@ class SchedulerSettings(ServiceSettings):
         pattern=r"^.+:\d{1,5}$",
         description="host:port of the gRPC server; port 0 takes a free one",
     )
-    policy: Literal["multilevel", "fifo"] = Field(
-        default="multilevel", description="order in which queued requests are dispatched"
+    system: str = Field(
+        default="adaptive",
+        description="policy, admission, steps and cache that belong together, by name: "
+        + ", ".join(SYSTEMS),
+    )
+    policy: str | None = Field(
+        default=None,
+        description="order in which queued requests are dispatched, instead of the system's: "
+        + ", ".join(POLICY_NAMES),
+    )
+    policy_option: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict, description="key=value of the policy's own options; repeatable"
+    )
+    reserve: Reserve | None = Field(
+        default=None, description="output that a request is promised memory for; absent: system's"
+    )
+    prefill_ahead_s: float | None = Field(
+        default=None, gt=0, le=60, description="prompts that may wait at a worker, in its time"
+    )
+    dispatches_ahead: bool | None = Field(
+        default=None, description="send requests on at once, for the workers to queue"
     )
     queue_limit: int = Field(
         default=100_000, ge=1, le=10_000_000, description="requests that may wait"
@@ -48,17 +74,52 @@ class SchedulerSettings(ServiceSettings):
     )
     max_gateways: int = Field(default=1024, ge=1, le=100_000)
     max_workers: int = Field(default=4096, ge=1, le=100_000)
+    tenants: Path | None = Field(
+        default=None, description="TOML file of the tenants' weights and quotas"
+    )
     record: Path | None = Field(
-        default=None, description="file to append the core's events to, for replay"
+        default=None, description="file to append the core's events and decisions to, for replay"
     )
     record_bytes_max: int = Field(default=2**30, ge=2**16, le=2**40)
 
+    @field_validator("policy_option", mode="before")
+    @classmethod
+    def _split_options(cls, given: object) -> object:
+        return split_options(given) if isinstance(given, str) else given
+
+    @field_validator("system")
+    @classmethod
+    def _check_system(cls, name: str) -> str:
+        return _one_of("systems", name, SYSTEMS)
+
+    @field_validator("policy")
+    @classmethod
+    def _check_policy(cls, name: str | None) -> str | None:
+        return None if name is None else _one_of("policies", name, POLICY_NAMES)
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        self.recipe().build()
+        return self
+
     def recipe(self) -> CoreRecipe:
-        """How the core is built."""
-        cluster = ClusterConfig(
-            queue_limit=self.queue_limit,
-            worker_grace_s=self.worker_grace_s,
-            gateway_grace_s=self.gateway_grace_s,
-            no_worker_wait_s=self.no_worker_wait_s,
+        """How the core is built: the system, with what was set beside it."""
+        system = SYSTEMS[self.system]
+        given = {name: getattr(self, name) for name in _CLUSTER_FIELDS}
+        if self.tenants is not None:
+            given["tenants"] = load_tenants(self.tenants)
+        cluster = replace(
+            system.cluster, **{name: value for name, value in given.items() if value is not None}
         )
-        return CoreRecipe(self.policy, cluster)
+        return CoreRecipe(self.policy or system.policy, cluster, self.policy_option)
+
+
+def _one_of(what: str, name: str, names: Collection[str]) -> str:
+    if name not in names:
+        raise ValueError(f"no {name!r}; the {what} are: {', '.join(names)}")
+    return name
+
+
+_CLUSTER_FIELDS: Final = [
+    field.name for field in fields(ClusterConfig) if field.name in SchedulerSettings.model_fields
+]

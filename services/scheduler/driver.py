@@ -120,6 +120,8 @@ class Driver:
             self._journal.append(now, event)
         core = self._core
         decisions = core.tick(now=now) if event is None else core.handle(event, now=now)
+        if self._journal is not None:
+            self._journal.decided(decisions)
         for decision in decisions:
             self._performer.perform(decision, now=now)
 

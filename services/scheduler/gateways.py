@@ -102,10 +102,11 @@ class GatewayStreams:
             rejected = scheduler_pb2.RequestRejected(attempt=attempt, error=error.to_proto())
             link.send(SubmitResponse(rejected=rejected))
             return
-        request = wire.to_request(item, now=time.monotonic())
-        admit = partial(self._keep, request, item)
+        now = time.monotonic()
+        request = wire.to_request(item, now=now)
+        admit = partial(self._keep, request, item, now)
         self._driver.post(events.RequestSubmitted(request), admit=admit)
 
-    def _keep(self, request: Request, item: scheduler_pb2.WorkItem) -> bool:
-        self._performer.keep(request, item)
+    def _keep(self, request: Request, item: scheduler_pb2.WorkItem, now: float) -> bool:
+        self._performer.keep(request, item, now=now)
         return True

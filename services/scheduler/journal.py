@@ -1,15 +1,17 @@
-"""The record of what the core was told: one JSON line per event, so that decisions can be replayed.
+"""The record of what the core was told and decided: JSON lines, so that decisions can be replayed.
 
 A run begins with a line that says how its core was built; a core built the same way and fed the
-same events decides the same. Off unless a file is named. The file is written by a thread of its
-own, so that a slow disk never delays a dispatch, and ends at a size limit.
+same events decides the same. An event's line is written before the core gets it, so that one that
+breaks the core is there; its decisions follow in a line of their own. Off unless a file is named.
+The file is written by a thread of its own, so that a slow disk never delays a dispatch, and ends at
+a size limit.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -20,7 +22,8 @@ from services.core.cluster import ClusterScheduler
 from services.core.config import ClusterConfig
 from services.core.decisions import ClusterDecision
 from services.core.events import ClusterEvent
-from services.core.policies import build_policy
+from services.core.policies import POLICIES, build_policy
+from services.scheduler.options import read_options
 
 _log = structlog.get_logger("journal")
 _ADAPTERS: Final[dict[str, TypeAdapter[ClusterEvent]]] = {
@@ -30,14 +33,16 @@ _ADAPTERS: Final[dict[str, TypeAdapter[ClusterEvent]]] = {
 
 @dataclass(frozen=True, slots=True)
 class CoreRecipe:
-    """How a core is built: its policy's name and its limits."""
+    """How a core is built: its policy's name and options, and its limits."""
 
     policy: str
     cluster: ClusterConfig
+    options: Mapping[str, str] = field(default_factory=dict)  # the policy's own
 
     def build(self) -> ClusterScheduler:
-        """A fresh core."""
-        return ClusterScheduler(self.cluster, build_policy(self.policy))
+        """A fresh core. Raises ValueError for a bad option."""
+        config = read_options(POLICIES[self.policy].config, self.options)
+        return ClusterScheduler(self.cluster, build_policy(self.policy, config))
 
 
 class Journal:
@@ -61,6 +66,10 @@ class Journal:
         fields = dataclasses.asdict(event)
         self._append({"now": now, "type": type(event).__name__, "event": fields})
 
+    def decided(self, decisions: Sequence[ClusterDecision]) -> None:
+        """Note what the core decided at what was noted last."""
+        self._append({"decided": _describe(decisions)})
+
     def flush(self) -> None:
         """Hand what was noted to the writing thread."""
         if self._lines:
@@ -83,20 +92,50 @@ class Journal:
             _log.warning("journal_full", path=self._file.name)
 
 
-def replay(path: Path) -> Iterator[tuple[float, ClusterEvent | None, list[ClusterDecision]]]:
-    """Feed a recorded file to fresh cores: each event (None: a tick) and what it decides."""
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """An event (None: a tick), what a fresh core decides, and what was decided then."""
+
+    now: float
+    event: ClusterEvent | None
+    decisions: list[ClusterDecision]
+    recorded: list[Any] | None  # None: the file does not say
+
+    @property
+    def is_same(self) -> bool:
+        """False if the core decides otherwise than it did."""
+        now = json.loads(json.dumps(_describe(self.decisions)))
+        return self.recorded is None or bool(now == self.recorded)
+
+
+def replay(path: Path) -> Iterator[Replayed]:
+    """Feed a recorded file to fresh cores."""
     core: ClusterScheduler | None = None
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
+        records = map(json.loads, file)
+        record = next(records, None)
+        while record is not None:
+            following = next(records, None)
             if "run" in record:
                 core = TypeAdapter(CoreRecipe).validate_python(record["run"]).build()
-                continue
-            if core is None:
+            elif core is None:
                 raise ValueError(f"{path} does not begin with a run")
-            now = record["now"]
-            event = read_event(record)
-            yield now, event, core.tick(now=now) if event is None else core.handle(event, now=now)
+            elif "now" in record:
+                recorded = None if following is None else following.get("decided")
+                yield _decide_again(core, record, recorded)
+            record = following
+
+
+def _decide_again(
+    core: ClusterScheduler, record: dict[str, Any], recorded: list[Any] | None
+) -> Replayed:
+    now, event = record["now"], read_event(record)
+    decisions = core.tick(now=now) if event is None else core.handle(event, now=now)
+    return Replayed(now, event, decisions, recorded)
+
+
+def _describe(decisions: Sequence[ClusterDecision]) -> list[list[Any]]:
+    return [[type(decision).__name__, dataclasses.asdict(decision)] for decision in decisions]
 
 
 def read_event(record: dict[str, Any]) -> ClusterEvent | None:

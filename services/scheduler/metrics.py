@@ -6,6 +6,7 @@ from typing import Final
 from opentelemetry.metrics import CallbackOptions, Observation
 
 from services.common import telemetry
+from services.core.decisions import Dispatch
 
 QUEUE_LENGTH: Final = "calumma.scheduler.queue.length"
 QUEUE_DURATION: Final = "calumma.scheduler.queue.duration"
@@ -41,6 +42,12 @@ class SchedulerMetrics:
         self.dispatches = meter.create_counter(DISPATCHES, unit="{request}")
         self.rejections = meter.create_counter(REJECTIONS, unit="{request}")
         self.returns = meter.create_counter(RETURNS, unit="{request}")
+
+    def record_dispatch(self, dispatch: Dispatch) -> None:
+        """A request has left its queue for a worker."""
+        queue = {"calumma.queue": dispatch.queue}
+        self.dispatches.add(1, {**queue, "calumma.waited_for": dispatch.waited_for})
+        self.queue_duration.record(dispatch.queue_s, queue)
 
     def observe(self, queue_lengths: Mapping[str, int], *, workers: int) -> None:
         """Set the gauges. The exporter reads them from its own thread."""

@@ -34,6 +34,7 @@ BATCH_TOKENS_MAX: Final = 200_000  # at most 5 bytes each: within the smallest m
 class _Payload:
     request: Request
     item: scheduler_pb2.WorkItem
+    received_s: float
 
 
 @dataclass(slots=True)
@@ -63,9 +64,9 @@ class Performer:
     def __len__(self) -> int:
         return len(self._payloads)
 
-    def keep(self, request: Request, item: scheduler_pb2.WorkItem) -> None:
+    def keep(self, request: Request, item: scheduler_pb2.WorkItem, *, now: float) -> None:
         """Hold the payload of a request that the core is about to queue or reject."""
-        self._payloads[request.attempt] = _Payload(request, item)
+        self._payloads[request.attempt] = _Payload(request, item, now)
 
     def clear(self) -> None:
         """Forget every request."""
@@ -109,15 +110,10 @@ class Performer:
         batch.tokens += len(item.token_ids)
         if batch.tokens >= BATCH_TOKENS_MAX:
             self._send_batch(decision.worker_id)
-        placed = scheduler_pb2.RequestPlaced(
-            attempt=wire.from_attempt(decision.attempt),
-            worker_id=decision.worker_id,
-            queue_s=decision.queue_s,
-        )
+        placed = wire.from_dispatch(decision)
         self._gateways.send(request.gateway_id, SubmitResponse(placed=placed))
-        self._metrics.dispatches.add(1)
-        self._metrics.queue_duration.record(decision.queue_s)
-        self._trace(payload, now=now, worker_id=decision.worker_id)
+        self._metrics.record_dispatch(decision)
+        self._trace(payload, now=now, dispatch=decision)
 
     def _reject(self, decision: Reject, *, now: float) -> None:
         payload = self._payloads.pop(decision.attempt, None)
@@ -151,7 +147,7 @@ class Performer:
         payload: _Payload,
         *,
         now: float,
-        worker_id: WorkerId | None = None,
+        dispatch: Dispatch | None = None,
         error: str | None = None,
     ) -> None:
         item = payload.item
@@ -162,13 +158,16 @@ class Performer:
             "calumma.request_id": item.request_id,
             "calumma.attempt": item.attempt,
             "sched.predicted_output_tokens": item.predicted_output_tokens,
+            "sched.output_tokens_q90": payload.request.output_tokens_q90,
         }
-        if worker_id is not None:
-            attributes["calumma.worker_id"] = worker_id
+        if dispatch is not None:
+            attributes["calumma.worker_id"] = dispatch.worker_id
+            attributes["calumma.queue"] = dispatch.queue
+            attributes["calumma.waited_for"] = dispatch.waited_for
         telemetry.record_span(
             "queue",
             parent=telemetry.context_from(item.traceparent),
-            start_s=payload.request.arrived_s,
+            start_s=payload.received_s,
             end_s=now,
             attributes=attributes,
             error=error,

@@ -46,11 +46,12 @@ class Scheduler:
             if settings.record is not None
             else None
         )
+        recipe = settings.recipe()
         performer = Performer(
-            self._gateway_links, self._worker_links, policy=settings.policy, metrics=self._metrics
+            self._gateway_links, self._worker_links, policy=recipe.policy, metrics=self._metrics
         )
         self._driver = Driver(
-            settings.recipe(), performer, journal=self._journal, on_failure=self._end_streams
+            recipe, performer, journal=self._journal, on_failure=self._end_streams
         )
         self._workers = WorkerStreams(
             settings,
@@ -68,7 +69,11 @@ class Scheduler:
             worker_addresses=self._workers.addresses,
         )
         self._servicer = SchedulerServicer(
-            scheduler_id, driver=self._driver, gateways=gateways, workers=self._workers
+            scheduler_id,
+            system=settings.system,
+            driver=self._driver,
+            gateways=gateways,
+            workers=self._workers,
         )
         self._server = ServiceServer(
             settings, ServerInterceptor(long_lived=frozenset({"Submit", "Attach"}))

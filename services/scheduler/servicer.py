@@ -21,11 +21,13 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         self,
         scheduler_id: str,
         *,
+        system: str,
         driver: Driver,
         gateways: GatewayStreams,
         workers: WorkerStreams,
     ) -> None:
         self._scheduler_id = scheduler_id
+        self._system = system
         self._driver = driver
         self._gateways = gateways
         self._workers = workers
@@ -53,5 +55,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> scheduler_pb2.GetStateResponse:
         """The core's state, with what the streams know of each worker."""
         return wire.from_snapshot(
-            self._driver.snapshot(), scheduler_id=self._scheduler_id, find_worker=self._workers.find
+            self._driver.snapshot(),
+            scheduler_id=self._scheduler_id,
+            system=self._system,
+            find_worker=self._workers.find,
         )

@@ -16,6 +16,7 @@ ID_CHARACTERS_MAX: Final = 200  # a client's id is 128 at most, a gateway adds i
 STOP_TOKEN_IDS_MAX: Final = 64
 LOGPROBS_MAX: Final = 20
 PRIORITY_MAX: Final = 100
+WAITED_S_MAX: Final = 1e6
 
 _ID = re.compile(rf"[!-~]{{1,{ID_CHARACTERS_MAX}}}")  # visible ASCII
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -52,6 +53,9 @@ def check_work_item(item: scheduler_pb2.WorkItem, *, gateway_id: str) -> None:
     _require(0 <= item.logprobs <= LOGPROBS_MAX, "logprobs", f"must be 0 to {LOGPROBS_MAX}")
     _require(abs(item.priority) <= PRIORITY_MAX, "priority", f"must be within {PRIORITY_MAX} of 0")
     _require(item.predicted_output_tokens >= 1, "predicted_output_tokens", "must be 1 or more")
+    _require(item.output_tokens_q90 >= 0, "output_tokens_q90", "must not be negative")
+    in_range = 0 <= item.waited_s <= WAITED_S_MAX
+    _require(in_range, "waited_s", f"must be 0 to {WAITED_S_MAX:g}")
     _require(len(item.traceparent) <= ID_CHARACTERS_MAX, "traceparent", "is too long")
 
 

@@ -4,6 +4,7 @@ A deadline crosses the wire as time left, because clocks differ between machines
 instant of this process's monotonic clock on receipt, and time left again on dispatch.
 """
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -11,8 +12,14 @@ from calumma.common.v1 import common_pb2
 from calumma.scheduler.v1 import scheduler_pb2
 from services.common.errors import Reason, RpcError
 from services.core import events
-from services.core.decisions import RejectReason
-from services.core.snapshots import ClusterSnapshot, WorkerSnapshot
+from services.core.costs import StepCosts
+from services.core.decisions import Dispatch, RejectReason
+from services.core.snapshots import (
+    ClusterSnapshot,
+    QueueSnapshot,
+    TenantSnapshot,
+    WorkerSnapshot,
+)
 from services.core.types import (
     Adapter,
     AdapterDigest,
@@ -27,6 +34,8 @@ from services.core.types import (
 
 _REJECTIONS: Final[dict[RejectReason, str]] = {
     RejectReason.DEADLINE: "the deadline passed while the request was queued",
+    RejectReason.DEADLINE_UNREACHABLE: "the request is not expected to end before its deadline",
+    RejectReason.TENANT_QUOTA: "the tenant has as many requests or tokens as its quota allows",
     RejectReason.QUEUE_FULL: "the queue is full",
     RejectReason.NO_WORKER: "no worker is available",
     RejectReason.TOO_LARGE: "prompt, output and adapter need more memory than any worker has",
@@ -54,8 +63,9 @@ def to_request(item: scheduler_pb2.WorkItem, *, now: float) -> Request:
         prior_output_tokens=len(item.token_ids) - item.prompt_tokens,
         max_output_tokens=item.stopping.max_tokens,
         predicted_output_tokens=item.predicted_output_tokens,
+        output_tokens_q90=item.output_tokens_q90 or item.predicted_output_tokens,
         priority=item.priority,
-        arrived_s=now,
+        arrived_s=now - item.waited_s,
         deadline_s=now + item.time_left.ToNanoseconds() / 1e9
         if item.HasField("time_left")
         else None,
@@ -99,7 +109,19 @@ def to_worker_reported(
     worker_id: WorkerId, status: scheduler_pb2.WorkerStatus
 ) -> events.WorkerReported:
     """A worker's status."""
-    return events.WorkerReported(worker_id, _to_resident(status), status.draining)
+    costs = _to_costs(status.costs) if status.HasField("costs") else None
+    return events.WorkerReported(worker_id, _to_resident(status), status.draining, costs)
+
+
+def from_dispatch(dispatch: Dispatch) -> scheduler_pb2.RequestPlaced:
+    """What the gateway is told of it."""
+    return scheduler_pb2.RequestPlaced(
+        attempt=from_attempt(dispatch.attempt),
+        worker_id=dispatch.worker_id,
+        queue_s=dispatch.queue_s,
+        queue=dispatch.queue,
+        waited_for=dispatch.waited_for,
+    )
 
 
 def from_rejection(
@@ -115,16 +137,15 @@ def from_snapshot(
     snapshot: ClusterSnapshot,
     *,
     scheduler_id: str,
+    system: str,
     find_worker: Callable[[WorkerId], tuple[str, scheduler_pb2.WorkerStatus] | None],
 ) -> scheduler_pb2.GetStateResponse:
     """The core's state. `find_worker` gives the address and last status of a worker."""
     return scheduler_pb2.GetStateResponse(
         scheduler_id=scheduler_id,
+        system=system,
         policy=snapshot.policy,
-        queues=[
-            scheduler_pb2.QueueState(name=queue.name, length=queue.length, oldest_s=queue.oldest_s)
-            for queue in snapshot.queues
-        ],
+        queues=[_from_queue(queue) for queue in snapshot.queues],
         workers=[
             _from_worker(worker, find_worker(worker.worker_id)) for worker in snapshot.workers
         ],
@@ -138,6 +159,30 @@ def from_snapshot(
             for queued in snapshot.queued
         ],
         gateways=snapshot.gateways,
+        tenants=[_from_tenant(tenant) for tenant in snapshot.tenants],
+    )
+
+
+def _from_queue(queue: QueueSnapshot) -> scheduler_pb2.QueueState:
+    return scheduler_pb2.QueueState(
+        name=queue.name,
+        length=queue.length,
+        oldest_s=queue.oldest_s,
+        quota_tokens=queue.quota_tokens,
+        used_tokens=queue.used_tokens,
+        size_limit=queue.size_limit,
+    )
+
+
+def _from_tenant(tenant: TenantSnapshot) -> scheduler_pb2.TenantState:
+    return scheduler_pb2.TenantState(
+        tenant=tenant.tenant_id,
+        held=tenant.held,
+        running=tenant.running,
+        tokens_per_s=tenant.tokens_per_s,
+        available_tokens=tenant.available_tokens
+        if math.isfinite(tenant.available_tokens)
+        else None,
     )
 
 
@@ -174,6 +219,17 @@ def _to_capacity(capacity: scheduler_pb2.WorkerCapacity) -> Capacity:
         max_requests=capacity.max_requests,
         max_context_tokens=capacity.max_context_tokens,
     )
+
+
+def _to_costs(costs: scheduler_pb2.StepCosts) -> StepCosts | None:
+    """What a worker has measured; None if a number of it can't be."""
+    values = {field.name: getattr(costs, field.name) for field in costs.DESCRIPTOR.fields}
+    if not all(map(math.isfinite, values.values())):
+        return None
+    may_be_negative = {"prefill_s"}
+    if any(value < 0 for name, value in values.items() if name not in may_be_negative):
+        return None
+    return StepCosts(**values)
 
 
 def _to_running(running: scheduler_pb2.RunningRequest) -> events.RunningRequest:

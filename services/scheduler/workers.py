@@ -147,6 +147,9 @@ class WorkerStreams:
             case "started":
                 attempt = wire.to_attempt(request.started.attempt)
                 self._driver.post(events.RequestStarted(worker_id, attempt))
+            case "prefilled":
+                attempt = wire.to_attempt(request.prefilled.attempt)
+                self._driver.post(events.RequestPrefilled(worker_id, attempt))
             case "finished":
                 attempt = wire.to_attempt(request.finished.attempt)
                 output_tokens = request.finished.output_tokens

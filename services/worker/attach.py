@@ -170,6 +170,7 @@ class SchedulerLink:
             self._driver.snapshot(),
             draining=not self._driver.is_accepting,
             step_s=float(f"{self._measures.step_s:.1g}"),  # coarse, so that it rarely changes
+            costs=self._driver.costs,
         )
 
     # --- in ---------------------------------------------------------------------------------

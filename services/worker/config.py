@@ -2,15 +2,20 @@
 
 import os
 import socket
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Final, Literal, Self
 from uuid import uuid4
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.common.base_model import DEFAULT_MODEL
 from services.common.config import ServiceSettings
+from services.core.config import ReplicaConfig
+from services.core.eviction import build_eviction
+from services.core.systems import SYSTEMS
+from services.core.types import Reserve
 
 _ADDRESS = r"^.+:\d{1,5}$"
 _WILDCARDS = {"0.0.0.0", "[::]", "*"}
@@ -65,9 +70,39 @@ class WorkerSettings(ServiceSettings):
         default=None, ge=2**16, description="memory pool of KV cache and adapters"
     )
     block_tokens: int = Field(default=16, ge=1, le=1024, description="tokens per block of the pool")
-    prefill_tokens_per_step: int = Field(
-        default=256, ge=1, le=2**16, description="most prompt tokens computed in one step"
+    system: str = Field(
+        default="adaptive",
+        description="admission, steps and cache that belong together, by name; the scheduler's: "
+        + ", ".join(SYSTEMS),
     )
+    # What follows is the system's unless it is set, see `services.core.config.ReplicaConfig`.
+    stepping: Literal["target", "chunked", "whole"] | None = Field(
+        default=None, description="how prompts and decodes share steps; all this: absent, system's"
+    )
+    tbt_target_s: float | None = Field(default=None, gt=0, le=60, description="of a step")
+    slack_share: float | None = Field(
+        default=None, ge=0, le=1, description="of the time ahead of the target, usable by a step"
+    )
+    patience_s: float | None = Field(
+        default=None, gt=0, le=3600, description="wait of a prompt that makes steps longer"
+    )
+    step_limit_s: float | None = Field(default=None, gt=0, le=60)
+    step_tokens_limit: int | None = Field(default=None, ge=1, le=2**20)
+    min_prefill_tokens: int | None = Field(default=None, ge=1, le=2**16)
+    prefill_tokens_per_step: int | None = Field(
+        default=None, ge=1, le=2**16, description="most prompt tokens of a step, unless by target"
+    )
+    admission: Literal["promise", "slora"] | None = Field(
+        default=None, description="who may start: by the sum of promises, or by S-LoRA's peak"
+    )
+    admission_every_steps: int | None = Field(default=None, ge=1, le=1000)
+    reserve: Reserve | None = Field(
+        default=None, description="output that a request is promised memory for"
+    )
+    keeps_idle_adapters: bool | None = Field(
+        default=None, description="keep adapters in memory after their last user"
+    )
+    eviction: str | None = Field(default=None, description="of idle adapters: lru or chameleon")
     host_cache_bytes: int = Field(
         default=2**30, ge=0, description="adapters kept in host memory, bytes"
     )
@@ -91,10 +126,47 @@ class WorkerSettings(ServiceSettings):
             raise ValueError(f"a worker that listens on {host} needs advertise")
         return self
 
+    @field_validator("system")
+    @classmethod
+    def _check_system(cls, name: str) -> str:
+        if name not in SYSTEMS:
+            raise ValueError(f"no {name!r}; the systems are: {', '.join(SYSTEMS)}")
+        return name
+
+    @field_validator("eviction")
+    @classmethod
+    def _check_eviction(cls, name: str | None) -> str | None:
+        if name is not None:
+            build_eviction(name)
+        return name
+
+    @model_validator(mode="after")
+    def _check_replica(self) -> Self:
+        try:
+            self.replica()
+        except AssertionError as error:
+            raise ValueError("min_prefill_tokens is above step_tokens_limit") from error
+        return self
+
+    def replica(self) -> ReplicaConfig:
+        """How the core is built: the system's replica, with what was set beside it."""
+        given = {name: getattr(self, name) for name in _REPLICA_FIELDS}
+        return replace(
+            SYSTEMS[self.system].replica,
+            max_loads=self.adapter_loads,
+            max_hint_loads=(self.adapter_loads + 1) // 2,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
     @property
     def thread_count(self) -> int:
         """Compute threads to use."""
         return self.threads or physical_cores()
+
+
+_REPLICA_FIELDS: Final = [
+    field.name for field in fields(ReplicaConfig) if field.name in WorkerSettings.model_fields
+]
 
 
 def physical_cores() -> int:

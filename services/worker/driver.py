@@ -17,6 +17,7 @@ from typing import Final, assert_never
 import structlog
 
 from services.common.errors import Reason, RpcError
+from services.core.costs import StepCosts
 from services.core.decisions import (
     EndRequest,
     EvictAdapter,
@@ -141,6 +142,11 @@ class Driver:
         """What this worker holds now."""
         return self._core.snapshot()
 
+    @property
+    def costs(self) -> StepCosts | None:
+        """What steps cost here, by those that were measured; None before that."""
+        return self._core.costs
+
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no request is here. False when the time was over first."""
         try:
@@ -250,6 +256,8 @@ class Driver:
         match result:
             case SampledToken():
                 self._roster.touch(live)
+                if live.first_token_s is None:
+                    self._roster.prefill(live)
                 finish = live.accept(result, now=now)
                 if finish is None:
                     return False

@@ -22,6 +22,13 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The first token of this attempt is there."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """A request has left. `output_tokens` counts those of all attempts."""
 
@@ -30,7 +37,7 @@ class Finished:
     output_tokens: int
 
 
-Report = Started | Finished
+Report = Started | Prefilled | Finished
 
 
 class Reports:

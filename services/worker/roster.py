@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from services.common.errors import RpcError
 from services.core.types import AdapterDigest, Attempt, GatewayId, RequestId
 from services.worker.outputs import Ending, Finish, Output, Timings
-from services.worker.reports import Finished, Reports, Started
+from services.worker.reports import Finished, Prefilled, Reports, Started
 from services.worker.requests import LiveRequest
 from services.worker.streams import TokenStreams
 
@@ -81,6 +81,10 @@ class Roster:
         if not live.is_announced:
             live.is_announced = True
             self._reports.add(Started(live.work.attempt))
+
+    def prefill(self, live: LiveRequest) -> None:
+        """Its prompt is computed."""
+        self._reports.add(Prefilled(live.work.attempt))
 
     def touch(self, live: LiveRequest) -> None:
         """It has a new token."""

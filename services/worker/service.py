@@ -17,7 +17,6 @@ from services.common.base_model import DEFAULT_MODEL, locate
 from services.common.clients import open_channel
 from services.common.interceptors import ServerInterceptor
 from services.common.server import ServiceServer
-from services.core.config import ReplicaConfig
 from services.core.replica import ReplicaScheduler
 from services.core.types import Capacity
 from services.worker.attach import Identity, SchedulerLink
@@ -98,7 +97,7 @@ class Worker:
             ),
         )
         self.roster = Roster(self.streams, self._reports)
-        self.core = ReplicaScheduler(_replica_config(settings), _capacity(info))
+        self.core = ReplicaScheduler(settings.replica(), _capacity(info))
         self.driver = Driver(
             self.core,
             engine=engine,
@@ -235,13 +234,4 @@ def _capacity(info: EngineInfo) -> Capacity:
         block_tokens=info.block_tokens,
         max_requests=info.max_sequences,
         max_context_tokens=info.max_context_tokens,
-    )
-
-
-def _replica_config(settings: WorkerSettings) -> ReplicaConfig:
-    loads = settings.adapter_loads
-    return ReplicaConfig(
-        prefill_tokens_per_step=settings.prefill_tokens_per_step,
-        max_loads=loads,
-        max_hint_loads=(loads + 1) // 2,
     )

@@ -8,12 +8,14 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Final, assert_never
 
 from calumma.common.v1 import common_pb2
 from calumma.scheduler.v1 import scheduler_pb2
 from calumma.worker.v1 import worker_pb2
 from services.common.errors import Reason, RpcError
+from services.core.costs import StepCosts
 from services.core.events import ResidentAdapter
 from services.core.snapshots import ReplicaSnapshot
 from services.core.types import (
@@ -28,7 +30,7 @@ from services.core.types import (
 )
 from services.worker.engine import EngineInfo, Sampling
 from services.worker.outputs import Ending, Finish, Slice, Tier, Timings, TokenLogprobs
-from services.worker.reports import Finished, Report, Started
+from services.worker.reports import Finished, Prefilled, Report, Started
 from services.worker.requests import LiveRequest, Work
 from services.worker.streams import Frame
 
@@ -87,6 +89,7 @@ def work_from(item: scheduler_pb2.WorkItem, info: EngineInfo, *, now: float) -> 
         prior_output_tokens=tokens - item.prompt_tokens,
         max_output_tokens=min(stopping.max_tokens, info.max_context_tokens - item.prompt_tokens),
         predicted_output_tokens=max(1, item.predicted_output_tokens),
+        output_tokens_q90=max(1, item.output_tokens_q90 or item.predicted_output_tokens),
         priority=item.priority,
         arrived_s=now,
         deadline_s=None if time_left_s is None else now + time_left_s,
@@ -249,6 +252,10 @@ def report_to(report: Report) -> scheduler_pb2.AttachRequest:
             return scheduler_pb2.AttachRequest(
                 started=scheduler_pb2.RequestStarted(attempt=attempt)
             )
+        case Prefilled():
+            return scheduler_pb2.AttachRequest(
+                prefilled=scheduler_pb2.RequestPrefilled(attempt=attempt)
+            )
         case Finished(finish=finish, output_tokens=output_tokens):
             finished = scheduler_pb2.RequestFinished(
                 attempt=attempt, finish_reason=_FINISH[finish], output_tokens=output_tokens
@@ -281,7 +288,7 @@ def running_to(live: LiveRequest) -> scheduler_pb2.RunningRequest:
 
 
 def status_to(
-    snapshot: ReplicaSnapshot, *, draining: bool, step_s: float
+    snapshot: ReplicaSnapshot, *, draining: bool, step_s: float, costs: StepCosts | None
 ) -> scheduler_pb2.WorkerStatus:
     return scheduler_pb2.WorkerStatus(
         free_blocks=snapshot.free_blocks + snapshot.evictable_blocks,
@@ -293,6 +300,7 @@ def status_to(
         ],
         draining=draining,
         step_s=step_s,
+        costs=None if costs is None else scheduler_pb2.StepCosts(**asdict(costs)),
     )
 
 

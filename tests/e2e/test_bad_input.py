@@ -200,9 +200,25 @@ def test_an_expired_deadline_says_so(channel: grpc.Channel) -> None:
     stub = gateway_pb2_grpc.InferenceServiceStub(channel)
 
     with pytest.raises(grpc.RpcError) as raised:
-        stub.Generate(_stopping(max_tokens=512, ignore_eos=True), timeout=0.05)
+        stub.Generate(_stopping(max_tokens=512, ignore_eos=True), timeout=0.001)
 
     assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_before_it_has_passed(
+    channel: grpc.Channel,
+) -> None:
+    stub = gateway_pb2_grpc.InferenceServiceStub(channel)
+
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.Generate(_stopping(max_tokens=512, ignore_eos=True), timeout=0.05)
+
+    error = RpcError.from_rpc(raised.value)  # type: ignore[arg-type]
+    assert error is not None
+    assert (error.code, error.reason) == (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "DEADLINE_UNREACHABLE",
+    )
 
 
 def test_an_unknown_field_is_ignored(channel: grpc.Channel) -> None:

@@ -35,7 +35,7 @@ def sleeps() -> list[float]:
 @pytest.fixture
 def engine(sleeps: list[float]) -> SimulatedEngine:
     info = build_engine(EngineSettings(kind="simulated")).info
-    return SimulatedEngine(info, _A40, sleep=sleeps.append)
+    return SimulatedEngine(info, _A40, sleep=sleeps.append, clock=lambda: 0.0)
 
 
 def _spec(

@@ -134,7 +134,7 @@ async def test_a_request_waits_for_a_worker_and_the_state_says_so(pool: Pool) ->
     state = await gateway.state()
     assert state.queued[0].request_id == "r.1"
     assert state.queued[0].waits_for == "no_worker"
-    assert state.policy == "multilevel"
+    assert (state.system, state.policy) == ("adaptive", "adaptive")
     assert state.gateways == 1
     assert sum(queue.length for queue in state.queues) == 1
     worker = await pool.worker()
@@ -208,7 +208,20 @@ async def test_an_abort_never_arrives_before_its_dispatch(pool: Pool) -> None:
     answering.cancel()
 
 
-async def test_a_deadline_that_passes_in_the_queue_rejects_the_request(pool: Pool) -> None:
+async def test_a_request_that_cannot_end_in_time_is_told_so_before_it_is_late(pool: Pool) -> None:
+    gateway = await pool.gateway()
+    await gateway.submit(work_item("r.1", tokens=5000, time_left_s=1.2))
+    rejected = await gateway.take("rejected", wait_s=1.0)
+    error = RpcError.from_proto(rejected.error)
+    assert error.reason is Reason.DEADLINE_UNREACHABLE
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await until(gateway, is_empty)
+
+
+async def test_a_deadline_that_passes_in_the_queue_rejects_the_request(
+    start_pool: StartPool,
+) -> None:
+    pool = await start_pool(policy_option={"refuses_late": "false"})
     gateway = await pool.gateway()
     await gateway.submit(work_item("r.1", time_left_s=0.1))
     rejected = await gateway.take("rejected")
@@ -555,7 +568,7 @@ async def test_more_peers_than_allowed_are_sent_away(start_pool: StartPool) -> N
 async def test_a_worker_that_does_not_read_is_cut_off_and_others_go_on(
     start_pool: StartPool,
 ) -> None:
-    pool = await start_pool(stall_s=0.3)
+    pool = await start_pool(stall_s=0.3, dispatches_ahead=True)
     sleeper = await pool.worker(reads=False, max_requests=1000, pool_blocks=10**6)
     gateway = await pool.gateway()
     await gateway.take("worker")

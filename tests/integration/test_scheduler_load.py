@@ -78,8 +78,7 @@ async def test_two_thousand_requests_over_four_workers_leave_nothing_behind(
     for peer in (*workers, *gateways):
         await peer.close()
     await scheduler.stop(0)
-    replayed = [
-        decision for _, _, decisions in replay(tmp_path / "events.jsonl") for decision in decisions
-    ]
-    assert replayed == decided
+    steps = list(replay(tmp_path / "events.jsonl"))
+    assert [decision for step in steps for decision in step.decisions] == decided
+    assert all(step.recorded is not None and step.is_same for step in steps)
     assert sum(isinstance(decision, Dispatch) for decision in decided) == REQUESTS

@@ -42,6 +42,7 @@ async def test_a_dispatched_request_streams_its_tokens_in_order() -> None:
         finished = await it.scheduler.has_finished("one")
         assert finished.output_tokens == 20
         assert it.scheduler.started["one", 1] == 1
+        assert it.scheduler.prefilled["one", 1] == 1
         assert [frame.sequence for frame in gateway.frames] == list(
             range(1, len(gateway.frames) + 1)
         )
@@ -247,7 +248,8 @@ async def test_a_request_can_be_cancelled_while_its_adapter_loads() -> None:
     ("stage", "tokens"), [("adapter_load", 8), ("prefill", 480), ("decode", 8)]
 )
 async def test_a_deadline_ends_a_request_and_names_the_stage(stage: str, tokens: int) -> None:
-    async with bench(engine=quick_engine(step_ms=20), prefill_tokens_per_step=16) as it:
+    engine = quick_engine(step_ms=20)
+    async with bench(engine=engine, stepping="chunked", prefill_tokens_per_step=16) as it:
         gateway = await it.gateway()
         adapter = None
         if stage == "adapter_load":

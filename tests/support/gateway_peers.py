@@ -88,10 +88,22 @@ class SchedulerPeer(Peer, scheduler_pb2_grpc.SchedulerServiceServicer):
             )
         )
 
-    def place(self, item: scheduler_pb2.WorkItem, worker: "WorkerPeer", queue_s: float = 0) -> None:
+    def place(
+        self,
+        item: scheduler_pb2.WorkItem,
+        worker: "WorkerPeer",
+        *,
+        queue_s: float = 0,
+        queue: str = "",
+        waited_for: str = "",
+    ) -> None:
         self._say(
             placed=scheduler_pb2.RequestPlaced(
-                attempt=attempt_of(item), worker_id=worker.worker_id, queue_s=queue_s
+                attempt=attempt_of(item),
+                worker_id=worker.worker_id,
+                queue_s=queue_s,
+                queue=queue,
+                waited_for=waited_for,
             )
         )
 

@@ -166,6 +166,7 @@ class SchedulerPeer:
         self.hellos: list[scheduler_pb2.WorkerHello] = []
         self.statuses: list[scheduler_pb2.WorkerStatus] = []
         self.started: Counter[tuple[str, int]] = Counter()
+        self.prefilled: Counter[tuple[str, int]] = Counter()
         self.finished: defaultdict[tuple[str, int], list[scheduler_pb2.RequestFinished]]
         self.finished = defaultdict(list)
         self.changed = asyncio.Condition()
@@ -208,6 +209,9 @@ class SchedulerPeer:
                         self.statuses.append(message.status)
                     case "started":
                         self.started[_key(message.started.attempt)] += 1
+                    case "prefilled":
+                        assert self.started[_key(message.prefilled.attempt)]
+                        self.prefilled[_key(message.prefilled.attempt)] += 1
                     case "finished":
                         self.finished[_key(message.finished.attempt)].append(message.finished)
                     case _:

@@ -11,8 +11,9 @@ ageing by wait / expected service with a key that never changes, which a queue c
 Against Chameleon's queues: the size is seconds by costs that workers measured instead of
 rank x length; there is one work-conserving order instead of levels with quotas that can idle.
 
-- A deadline pulls the due time forward to the last moment at which the request can start and still
-  end in time. When that moment has passed it is refused at once rather than run in vain.
+- A deadline pulls the due time forward to the last moment at which the request can start and is
+  expected to end in time. Who cannot even bring out its surest output by then is refused at once
+  rather than run in vain; where lengths are uncertain that is the prompt and one token.
 - Tenants: the arrival is a fair one (`services.core.fairness`): who takes more than a weighted
   share while others wait arrives later on paper.
 - A first request that lacks memory may be passed by those behind it that fit, for `drain_s` after
@@ -48,10 +49,10 @@ class AdaptiveConfig:
     """Shape of the order."""
 
     patience: float = 8.0  # how many times its own service a request may be late
-    decode_share: float = 0.0  # of the seconds that its output takes, counted as its service
+    decode_share: float = 0.5  # of the seconds that its output takes, counted as its service
     priority_s: float = 10.0  # how much earlier one step of priority makes a request due
     drain_s: float = 1.0  # how long a request that lacks memory may be passed
-    passers: int = 16  # requests behind it that are asked
+    passers: int = 8  # requests behind it that are asked
     refuses_late: bool = True  # refuse who cannot end before its deadline any more
 
     def __post_init__(self) -> None:
@@ -107,10 +108,11 @@ class Adaptive:
             arrived_s += stamp.at_s - now
         due_s = arrived_s + self._config.patience * service_s
         if request.deadline_s is not None:
-            last_start_s = request.deadline_s - self._shortest_s(request)
-            due_s = min(due_s, last_start_s)
+            expected_s = self._run_s(request, request.remaining_output_tokens)
+            due_s = min(due_s, request.deadline_s - expected_s)
             if self._config.refuses_late:
-                self._last_starts.set(request_id, at_s=last_start_s)
+                surely_s = self._run_s(request, request.sure_output_tokens)
+                self._last_starts.set(request_id, at_s=request.deadline_s - surely_s)
         least_tokens = request.context_tokens + request.remaining_output_tokens
         entry = _Entry(request, now, self._sizes.place(service_s), least_tokens, stamp)
         self._entries[request_id] = self._by_size[entry.size][request_id] = entry
@@ -190,20 +192,23 @@ class Adaptive:
         assert len(self._last_starts) <= len(self._entries)
         assert sum(len(entries) for entries in self._by_size.values()) == len(self._entries)
 
-    def _shortest_s(self, request: Request) -> float:
+    def _run_s(self, request: Request, output_tokens: int) -> float:
         """Seconds from start to end at best: its prompt, then a step of its own per token."""
         rank = request.adapter.rank if request.adapter is not None else 0
         prompt_s = self._costs.prompt_s(request.context_tokens, rank)
-        return prompt_s + self._costs.step_s * (request.remaining_output_tokens - 1)
+        return prompt_s + self._costs.step_s * (output_tokens - 1)
 
     def _pass(self, place: Placer, *, now: float) -> Taken | None:
         free_tokens = place.free_tokens
         for entry in self._queue.front(1 + self._config.passers)[1:]:
-            fit = place(entry.request) if entry.least_tokens <= free_tokens else Fit.MEMORY
-            if fit is Fit.FITS:
-                return self._go(entry, now=now)
-            entry.cause = wait_cause(fit)
-            if self._is_drained_for(entry, now):
+            if entry.least_tokens > free_tokens:
+                entry.cause = "memory"
+            else:
+                fit = place(entry.request)
+                if fit is Fit.FITS:
+                    return self._go(entry, now=now)
+                entry.cause = wait_cause(fit)
+            if entry.lacking_since_s is not None and self._is_drained_for(entry, now):
                 return None
         return None
 

@@ -32,7 +32,7 @@ async def test_a_stream_carries_everything_a_client_may_know(suite: Suite) -> No
         max_tokens=9, min_tokens=0, stop_token_ids=[3]
     )
     assert item.gateway_id == suite.gateway.gateway_id
-    assert item.predicted_output_tokens == 9
+    assert (item.predicted_output_tokens, item.output_tokens_q90, item.waited_s) == (9, 9, 0)
     assert 0 < item.time_left.ToSeconds() <= 3600
 
     suite.scheduler.place(item, suite.worker, queue_s=0.25)
@@ -109,13 +109,16 @@ async def test_two_adapters_and_the_base_model_stream_side_by_side(suite: Suite)
 async def test_the_prediction_learns_from_what_was_finished(suite: Suite) -> None:
     await suite.start()
     stopping = common_pb2.StopConditions(max_tokens=500)
-    predictions = []
+    predictions, q90s = [], []
     for _ in range(8):
         reader = suite.stream(stopping=stopping)
         item = await suite.scheduler.next_item()
         predictions.append(item.predicted_output_tokens)
+        q90s.append(item.output_tokens_q90)
         suite.worker.send(item, 0, "four", finish=STOP)
         await reader.read_all()
     assert predictions[0] == 500
     assert predictions == sorted(predictions, reverse=True)
     assert predictions[-1] < 100
+    assert all(least <= most <= 500 for least, most in zip(predictions, q90s, strict=True))
+    assert predictions[-1] < q90s[-1]

@@ -26,6 +26,7 @@ async def test_a_lost_worker_leaves_no_gap_and_no_duplicate(suite: Suite) -> Non
     second = await suite.scheduler.next_item()
     assert (second.request_id, second.attempt, second.prompt_tokens) == (first.request_id, 2, 2)
     assert list(second.token_ids) == suite.encode("goone ")
+    assert (first.waited_s, second.waited_s > 0) == (0, True)
     assert second.sampling.seed == first.sampling.seed
     assert second.stopping.max_tokens == first.stopping.max_tokens
 

@@ -47,7 +47,7 @@ async def test_a_request_leaves_a_trace_metrics_and_one_log_line(
     with structlog.testing.capture_logs() as logs:
         reader = suite.stream("secret prompt", request_id="r7", adapter="poet")
         item = await suite.scheduler.next_item()
-        suite.scheduler.place(item, suite.worker)
+        suite.scheduler.place(item, suite.worker, queue="small", waited_for="memory")
         suite.worker.send(item, 0, "secret answer", finish=STOP)
         await reader.read_all()
         await until(lambda: any(line["event"] == "rpc" for line in logs))
@@ -64,6 +64,8 @@ async def test_a_request_leaves_a_trace_metrics_and_one_log_line(
     assert request.attributes["gen_ai.usage.output_tokens"] == 13
     assert request.attributes["gen_ai.response.finish_reasons"] == ("stop",)
     assert request.attributes["lora.adapter.digest"] == ref.digest
+    assert request.attributes["calumma.queue"] == "small"
+    assert request.attributes["calumma.waited_for"] == "memory"
 
     data: Any = metric_reader.get_metrics_data()
     metrics = {

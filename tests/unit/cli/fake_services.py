@@ -260,9 +260,25 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         )
         return scheduler_pb2.GetStateResponse(
             scheduler_id="s-1",
-            policy="multilevel",
+            system="tuned",
+            policy="chameleon",
             gateways=1,
-            queues=[scheduler_pb2.QueueState(name="small", length=1, oldest_s=0.5)],
+            queues=[
+                scheduler_pb2.QueueState(
+                    name="small",
+                    length=1,
+                    oldest_s=0.5,
+                    quota_tokens=4000,
+                    used_tokens=1200,
+                    size_limit=384,
+                ),
+                scheduler_pb2.QueueState(name="idle"),
+            ],
+            tenants=[
+                scheduler_pb2.TenantState(
+                    tenant="acme", held=4, running=2, tokens_per_s=250, available_tokens=-30
+                )
+            ],
             queued=[
                 scheduler_pb2.QueuedRequest(
                     request_id="r-9", queue="small", waited_s=0.5, waits_for="memory"

@@ -25,7 +25,14 @@ def test_status_shows_services_queues_pool_and_resident_adapters(
     result = run([*suite, "status"])
     assert result.exit_code == 0, result.output
     assert "unreachable" not in result.stdout
-    assert "queues (multilevel) · 1 waiting · gateways: 1" in result.stdout
+    assert "queues (chameleon in tuned) · 1 waiting · gateways: 1" in result.stdout
+    assert "small: 1, oldest 500 ms · 1,200 of 4,000 tokens out · sizes below 384" in result.stdout
+    assert "idle" not in result.stdout
+    assert "the oldest wait for: memory 1" in result.stdout
+    assert (
+        "tenant acme: 2 requests · 250 tokens/s · -30 available · 4 held by its quotas"
+        in result.stdout
+    )
     assert "r-9 waits 500 ms for memory" in result.stdout
     assert "running 3/32 · loading 1 · step 20 ms · 12,345 tokens so far" in result.stdout
     assert "KV 40% adapters 10% free 50% of 100.0 MiB" in result.stdout
@@ -38,9 +45,11 @@ def test_status_as_json_has_documented_fields(run: Run, suite: list[str]) -> Non
     assert set(status) == {
         "healthy",
         "services",
+        "system",
         "policy",
         "gateways",
         "queues",
+        "tenants",
         "queued",
         "workers",
     }
@@ -50,6 +59,11 @@ def test_status_as_json_has_documented_fields(run: Run, suite: list[str]) -> Non
         "scheduler": "serving",
         "adapter_store": "serving",
     }
+    small, idle = status["queues"]
+    assert (small["quota_tokens"], small["used_tokens"], small["size_limit"]) == (4000, 1200, 384)
+    assert (idle["quota_tokens"], idle["size_limit"]) == (None, None)
+    (tenant,) = status["tenants"]
+    assert (tenant["tenant"], tenant["held"], tenant["tokens_per_s"]) == ("acme", 4, 250)
     (worker,) = status["workers"]
     assert worker["state"] == "serving"
     assert (worker["pool_blocks"], worker["kv_blocks"], worker["adapter_blocks"]) == (100, 40, 10)

@@ -12,6 +12,7 @@ from services.cli.examples import find_examples, sample_prompts
 from services.cli.log_view import LogView
 from services.cli.output import CommandError
 from services.cli.plan import Endpoints, Plan, check_ports, process_specs
+from tests.unit.cli.conftest import Run
 
 
 def plan(**changes: object) -> Plan:
@@ -22,6 +23,7 @@ def plan(**changes: object) -> Plan:
         "engine": None,
         "device": None,
         "dtype": None,
+        "system": None,
         "policy": None,
         "grace_s": 10.0,
         "log_level": "info",
@@ -36,15 +38,28 @@ def test_processes_start_after_what_they_dial() -> None:
 
 
 def test_each_process_gets_its_settings_and_no_others() -> None:
-    specs = process_specs(plan(engine="simulated", policy="fifo", home=Path("/cache")))
+    specs = process_specs(
+        plan(engine="simulated", system="slora", policy="fifo", home=Path("/cache"))
+    )
     store, scheduler, worker, gateway = (spec.argv[6:] for spec in specs)
     common = ("--log-format=json", "--log-level=info", "--grace-s=10")
     assert store == ("--listen=127.0.0.1:7103", *common, "--model=org/model")
-    assert scheduler == ("--listen=127.0.0.1:7101", *common, "--policy=fifo")
+    assert scheduler == ("--listen=127.0.0.1:7101", *common, "--system=slora", "--policy=fifo")
     peers = ("--scheduler=127.0.0.1:7101", "--adapter-store=127.0.0.1:7103", "--model=org/model")
-    assert worker == ("--listen=127.0.0.1:7102", *common, *peers, "--engine=simulated")
+    how = ("--system=slora", "--engine=simulated")
+    assert worker == ("--listen=127.0.0.1:7102", *common, *peers, *how)
     assert gateway == ("--listen=127.0.0.1:7100", *common, *peers)
     assert specs[0].env["CALUMMA_HOME"] == "/cache"
+
+
+@pytest.mark.parametrize("option", ["system", "policy"])
+def test_an_unknown_system_or_policy_is_refused_before_anything_starts(
+    run: Run, option: str
+) -> None:
+    result = run(["up", f"--{option}", "magic", "--model", "no/model"])
+    assert result.exit_code == 1
+    assert f"there is no {option} 'magic'" in result.stderr
+    assert "chameleon" in result.stderr
 
 
 def test_more_workers_listen_after_the_usual_ports() -> None:

@@ -130,3 +130,14 @@ async def test_a_failure_that_is_not_ours_reads_as_none() -> None:
         failure = await call(channel, Reason.INTERNAL)
     assert failure.code() is grpc.StatusCode.UNAVAILABLE
     assert RpcError.from_rpc(failure) is None
+
+
+async def test_a_tenant_over_its_quota_is_told_so_as_a_quota_failure(
+    channel: grpc.aio.Channel,
+) -> None:
+    for reason, expected in ((Reason.TENANT_QUOTA_EXCEEDED, True), (Reason.QUEUE_FULL, False)):
+        status = rpc_status.from_call(await call(channel, reason))  # type: ignore[arg-type]
+        assert status is not None
+        failure = error_details_pb2.QuotaFailure()
+        assert any(detail.Unpack(failure) for detail in status.details) is expected
+        assert [violation.subject for violation in failure.violations] == ["tenant"] * expected

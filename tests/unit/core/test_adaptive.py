@@ -517,3 +517,14 @@ def test_a_flood_of_small_requests_starves_no_large_one(
     else:
         assert gone_s <= patience_s + 1.0 + runs_s + 1
     assert all(arrived_s <= patience_s + 1.0 for arrived_s in passed_by)
+
+
+def test_who_may_end_in_time_is_not_refused_for_an_uncertain_length() -> None:
+    """300 tokens at 0.1 s each are expected; of the first, 2,000 are as likely as one."""
+    policy = adaptive()
+    policy.learn(replace(COSTS, step_s=0.1))
+    pool = Pool(stop=Fit.BATCH_SLOTS)
+    policy.push(request("a", context=2, output=300, output_q90=2000, deadline_s=10.0), now=0.0)
+    assert policy.take(pool, now=0.0) is None
+    policy.push(request("b", context=2, output=300, output_q90=310, deadline_s=10.0), now=0.0)
+    assert policy.take(pool, now=0.0) == Refused(RequestId("b"), RejectReason.DEADLINE_UNREACHABLE)

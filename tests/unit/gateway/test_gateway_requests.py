@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from services.common.errors import ErrorContext, Reason, RpcError
 from services.core.types import Attempt, RequestId
-from services.gateway.requests import Admitted, Effect, OwnedRequest
+from services.gateway.predictor import Prediction
+from services.gateway.requests import Admitted, Effect, OwnedRequest, Placement
 from services.gateway.tokenizer import ModelTokenizer
 from services.gateway.types import (
     AdapterRef,
@@ -48,7 +49,7 @@ class Case:
             adapter=adapter,
             seed=7,
             max_tokens=20,
-            predicted_output_tokens=5,
+            prediction=Prediction(5, 9),
             received_s=100.0,
             deadline_s=200.0,
         )
@@ -82,7 +83,7 @@ def case(letters: ModelTokenizer) -> Case:
 def test_a_request_runs_from_placement_to_its_end(case: Case) -> None:
     request = case.request
     assert (request.stage, request.has_begun) == ("queue", False)
-    assert request.place(Attempt(RequestId("c.1"), 1), "w", 0.5) is Effect.CHANGED
+    assert request.place(Attempt(RequestId("c.1"), 1), Placement("w", 0.5)) is Effect.CHANGED
     assert (request.stage, request.has_begun) == ("prefill", True)
     assert case.frame(0, "ab", now_s=103.0, timings=Timings(prefill_s=0.2)) is Effect.CHANGED
     assert (request.stage, request.time_to_first_token_s) == ("decode", 3.0)
@@ -124,14 +125,14 @@ def test_frames_of_older_attempts_are_dropped(case: Case) -> None:
 
 
 def test_frames_of_a_worker_that_does_not_have_the_request_are_dropped(case: Case) -> None:
-    case.request.place(Attempt(RequestId("c.1"), 1), "w", 0.0)
+    case.request.place(Attempt(RequestId("c.1"), 1), Placement("w", 0.0))
     assert case.frame(0, "X", worker="v") is Effect.NOTHING
     assert case.read() == ""
 
 
 def test_news_of_an_older_placement_is_dropped(case: Case) -> None:
     case.request.begin_attempt()
-    assert case.request.place(Attempt(RequestId("c.1"), 1), "w", 0.0) is Effect.NOTHING
+    assert case.request.place(Attempt(RequestId("c.1"), 1), Placement("w", 0.0)) is Effect.NOTHING
 
 
 @pytest.mark.parametrize("reason", [Reason.WORKER_LOST, Reason.DRAINING])

@@ -1,15 +1,22 @@
 """Settings come from flags and environment, bounded; the process starts and drains."""
 
+import dataclasses
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from services.common.config import load_settings
+from services.core.systems import SYSTEMS
+from services.core.types import Reserve, TenantId
 from services.scheduler.config import SchedulerSettings
+from services.scheduler.journal import CoreRecipe
 
 
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,15 +29,60 @@ def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    "argv", [["--policy", "magic"], ["--queue-limit", "0"], ["--no-such-flag"], ["--listen", "x"]]
+    ("argv", "told"),
+    [
+        (["--policy", "magic"], "policy: Value error, no 'magic'; the policies are: adaptive, "),
+        (["--system", "magic"], "system: Value error, no 'magic'; the systems are: adaptive, "),
+        (["--policy-option", "speed=1"], "no option 'speed'; there are: patience, "),
+        (["--policy-option", "patience=fast"], "patience=fast: Input should be a valid number"),
+        (["--policy-option", "patience=-1"], "patience=-1: out of bounds"),
+        (["--policy-option", "patience"], "'patience' must be key=value"),
+        (["--reserve", "all"], "reserve: Input should be 'max', 'predicted' or 'quantile'"),
+        (["--queue-limit", "0"], "queue_limit: "),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--listen", "x"], "listen: "),
+    ],
 )
 def test_a_wrong_flag_ends_with_code_2_and_a_line(
-    argv: list[str], capsys: pytest.CaptureFixture[str]
+    argv: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         load_settings(SchedulerSettings, argv)
     assert caught.value.code == 2
-    assert capsys.readouterr().err.strip()
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_is_built_by_its_name(name: str) -> None:
+    recipe = SchedulerSettings(system=name).recipe()
+    assert recipe.build().snapshot(now=0.0).policy == SYSTEMS[name].policy
+    assert recipe.cluster == SYSTEMS[name].cluster
+
+
+def test_what_is_set_beside_a_system_wins() -> None:
+    argv = ["--system=slora", "--reserve=quantile", "--no-dispatches-ahead", "--policy=adaptive"]
+    options = ["--policy-option=patience=4", "--policy-option", "passers=3"]
+    recipe = load_settings(SchedulerSettings, [*argv, *options]).recipe()
+    assert (recipe.policy, recipe.options) == ("adaptive", {"patience": "4", "passers": "3"})
+    assert recipe.cluster.reserve is Reserve.QUANTILE
+    assert recipe.cluster.dispatches_ahead is False
+    assert recipe.cluster.prefetch_depth == SYSTEMS["slora"].cluster.prefetch_depth
+
+
+def test_tenants_come_from_their_file_and_its_errors_name_the_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text("[tenants.acme]\nweight = 4.0\nmax_running = 3\n")
+    argv = [f"--tenants={file}"]
+    recipe = load_settings(SchedulerSettings, argv).recipe()
+    assert recipe.cluster.tenants.limits(TenantId("acme")).max_running == 3
+    recorded = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    assert TypeAdapter(CoreRecipe).validate_python(recorded) == recipe
+    file.write_text("[tenants.acme]\nweight = -1.0\n")
+    with pytest.raises(SystemExit):
+        load_settings(SchedulerSettings, argv)
+    assert "tenants.acme" in capsys.readouterr().err
 
 
 def test_the_process_listens_and_ends_on_sigterm() -> None:

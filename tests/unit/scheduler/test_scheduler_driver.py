@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -20,6 +21,7 @@ from calumma.scheduler.v1 import scheduler_pb2
 from services.common import telemetry
 from services.core import events
 from services.core.config import ClusterConfig
+from services.core.costs import StepCosts
 from services.core.types import AdapterDigest, Attempt, Capacity, GatewayId, RequestId, WorkerId
 from services.scheduler import metrics, wire
 from services.scheduler.driver import Driver
@@ -57,14 +59,14 @@ class Stage:
         self.performer = Performer(
             self.gateways, self.workers, policy="fifo", metrics=SchedulerMetrics()
         )
-        recipe = CoreRecipe("fifo", ClusterConfig(prefetch_depth=0))
+        recipe = CoreRecipe("fifo", ClusterConfig(prefetch_depth=0, prefill_ahead_s=math.inf))
         self.driver = Driver(recipe, self.performer, journal=journal, on_failure=self._fail)
 
     def submit(self, item: scheduler_pb2.WorkItem) -> None:
         request = wire.to_request(item, now=time.monotonic())
 
         def admit() -> bool:
-            self.performer.keep(request, item)
+            self.performer.keep(request, item, now=request.arrived_s)
             return True
 
         self.driver.post(events.RequestSubmitted(request), admit=admit)
@@ -161,6 +163,8 @@ async def test_the_queue_span_joins_the_requests_trace(
     assert span.attributes is not None
     assert span.attributes["calumma.policy"] == "fifo"
     assert span.attributes["calumma.worker_id"] == WORKER
+    assert span.attributes["calumma.queue"] == "fifo"
+    assert span.attributes["calumma.waited_for"] == "no_worker"
     assert span.attributes["sched.predicted_output_tokens"] == 32
     assert span.start_time is not None
     assert span.end_time is not None
@@ -185,6 +189,10 @@ async def test_what_happens_is_counted(stage: Stage, reader: InMemoryMetricReade
     await until(lambda: stage.gateways.kinds() == ["rejected", "placed"])
     points = points_of(reader)
     assert points[metrics.DISPATCHES].value == 1
+    assert points[metrics.DISPATCHES].attributes == {
+        "calumma.queue": "fifo",
+        "calumma.waited_for": "nothing",
+    }
     assert points[metrics.QUEUE_DURATION].count == 1
     assert points[metrics.REJECTIONS].value == 1
     assert points[metrics.REJECTIONS].attributes == {"calumma.reason": "DEADLINE_EXCEEDED"}
@@ -271,8 +279,24 @@ async def test_recorded_runs_decide_the_same_again(tmp_path: Path) -> None:
         await until(lambda stage=stage: len(stage.gateways.sent) == 2)  # type: ignore[misc]
         task.cancel()
         journal.close()
-    kinds = [type(decision).__name__ for _, _, decisions in replay(path) for decision in decisions]
+    steps = list(replay(path))
+    kinds = [type(decision).__name__ for step in steps for decision in step.decisions]
     assert kinds == ["Dispatch", "Reject"] * 2
+    assert all(step.recorded is not None and step.is_same for step in steps)
+
+
+async def test_another_decision_than_the_recorded_one_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    journal = Journal(path, size_bytes_max=2**20)
+    stage = Stage(journal=journal)
+    task = asyncio.create_task(stage.driver.run())
+    stage.attach()
+    stage.submit(work_item("r.1"))
+    await until(lambda: "dispatch" in stage.workers.kinds())
+    task.cancel()
+    journal.close()
+    path.write_text(path.read_text().replace('["Dispatch",', '["Elsewhere",'))
+    assert [step.is_same for step in replay(path)].count(False) == 1
 
 
 def test_every_event_survives_the_journal(tmp_path: Path) -> None:
@@ -287,9 +311,11 @@ def test_every_event_survives_the_journal(tmp_path: Path) -> None:
         events.WorkerAttached(
             WORKER, Capacity(1, 2, 3, 4, 5), (running,), resident, draining=False
         ),
-        events.WorkerReported(WORKER, resident, draining=True),
+        events.WorkerReported(WORKER, resident, draining=True, costs=StepCosts(step_s=0.01)),
+        events.WorkerReported(WORKER, resident, draining=False),
         events.WorkerDetached(WORKER),
         events.RequestStarted(WORKER, attempt),
+        events.RequestPrefilled(WORKER, attempt),
         events.RequestFinished(WORKER, attempt, 7),
     ]
     path = tmp_path / "events.jsonl"

@@ -65,6 +65,10 @@ BAD = [
     ("logprobs", -1),
     ("priority", 101),
     ("predicted_output_tokens", 0),
+    ("output_tokens_q90", -1),
+    ("waited_s", -0.5),
+    ("waited_s", float("nan")),
+    ("waited_s", float("inf")),
     ("traceparent", "0" * 500),
 ]
 

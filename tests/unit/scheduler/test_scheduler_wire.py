@@ -1,11 +1,16 @@
 """Messages become the core's values, and time left becomes an instant and time left again."""
 
+import math
+from dataclasses import asdict, fields
+
 import pytest
 
 from calumma.scheduler.v1 import scheduler_pb2
 from services.common.errors import CODES, Reason, RpcError
-from services.core.decisions import RejectReason
-from services.core.types import Attempt, RequestId
+from services.core.costs import StepCosts
+from services.core.decisions import Dispatch, RejectReason
+from services.core.snapshots import ClusterSnapshot, QueueSnapshot, TenantSnapshot
+from services.core.types import Attempt, RequestId, TenantId, WorkerId
 from services.scheduler import wire
 from tests.support.scheduler_peers import digest_of, work_item
 
@@ -19,6 +24,72 @@ def test_an_item_becomes_a_request_of_its_sizes() -> None:
     assert request.adapter is not None
     assert request.adapter.digest == digest_of(5)
     assert (request.arrived_s, request.deadline_s) == (100.0, None)
+
+
+def test_a_q90_that_is_not_given_is_the_prediction() -> None:
+    item = work_item("r.1", max_tokens=64)
+    assert wire.to_request(item, now=0.0).output_tokens_q90 == 32
+    item.output_tokens_q90 = 50
+    assert wire.to_request(item, now=0.0).output_tokens_q90 == 50
+
+
+def test_a_request_that_comes_again_has_not_lost_its_place() -> None:
+    item = work_item("r.1", attempt=2, time_left_s=2.0)
+    item.waited_s = 3.5
+    request = wire.to_request(item, now=100.0)
+    assert (request.arrived_s, request.deadline_s) == (96.5, 102.0)
+
+
+def test_a_gateway_is_told_the_queue_and_the_cause_of_the_wait() -> None:
+    attempt = Attempt(RequestId("r.1"))
+    dispatch = Dispatch(WorkerId("w"), attempt, 0.5, "small", "memory")
+    placed = wire.from_dispatch(dispatch)
+    assert (placed.worker_id, placed.queue_s) == ("w", 0.5)
+    assert (placed.queue, placed.waited_for) == ("small", "memory")
+
+
+def test_costs_become_the_cores_and_those_that_cannot_be_are_no_news() -> None:
+    worker, status = WorkerId("w"), scheduler_pb2.WorkerStatus()
+    assert wire.to_worker_reported(worker, status).costs is None
+    costs = StepCosts(step_s=0.02, prefill_s=-0.01, batch=7.0)
+    status.costs.CopyFrom(scheduler_pb2.StepCosts(**asdict(costs)))
+    assert wire.to_worker_reported(worker, status).costs == costs
+    for value in (math.nan, math.inf, -1.0):
+        status.costs.prefill_token_s = value
+        assert wire.to_worker_reported(worker, status).costs is None
+
+
+def test_the_wires_costs_are_the_cores() -> None:
+    names = [field.name for field in scheduler_pb2.StepCosts.DESCRIPTOR.fields]
+    assert names == [field.name for field in fields(StepCosts)]
+
+
+def test_queues_and_tenants_are_shown() -> None:
+    queue = QueueSnapshot("small", 3, 0.5, quota_tokens=4000.0, used_tokens=1200, size_limit=384.0)
+    tenant = TenantSnapshot(TenantId("acme"), 4, 2, 250.0, available_tokens=-30.0)
+    free = TenantSnapshot(TenantId("free"), 0, 0, 0.0, available_tokens=math.inf)
+    snapshot = ClusterSnapshot(
+        policy="p",
+        queues=(queue, QueueSnapshot("large", 0, 0.0)),
+        workers=(),
+        queued=(),
+        gateways=1,
+        tenants=(tenant, free),
+    )
+    state = wire.from_snapshot(
+        snapshot, scheduler_id="s", system="tuned", find_worker=lambda _: None
+    )
+    small, large = state.queues
+    assert (small.quota_tokens, small.used_tokens, small.size_limit) == (4000, 1200, 384)
+    assert not large.HasField("quota_tokens")
+    assert not large.HasField("size_limit")
+    assert state.system == "tuned"
+    assert state.tenants == [
+        scheduler_pb2.TenantState(
+            tenant="acme", held=4, running=2, tokens_per_s=250, available_tokens=-30
+        ),
+        scheduler_pb2.TenantState(tenant="free"),
+    ]
 
 
 def test_without_an_adapter_the_request_is_for_the_base_model() -> None:

@@ -87,6 +87,14 @@ def test_a_resubmission_counts_the_tokens_of_earlier_attempts() -> None:
     assert request.deadline_s == 52.5
 
 
+def test_a_q90_that_is_not_given_is_the_prediction() -> None:
+    item = work_item("one", max_tokens=20)
+    item.predicted_output_tokens = 7
+    assert _work(item).request.output_tokens_q90 == 7
+    item.output_tokens_q90 = 12
+    assert _work(item).request.output_tokens_q90 == 12
+
+
 def test_absent_sampling_fields_take_their_defaults() -> None:
     item = work_item("one")
     item.ClearField("sampling")

@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 
 from services.common.config import load_settings
-from services.core.types import Adapter, AdapterDigest, Attempt, RequestId
+from services.core.systems import SYSTEMS
+from services.core.types import Adapter, AdapterDigest, Attempt, RequestId, Reserve
 from services.worker.config import WorkerSettings
 from services.worker.engine import EngineInfo, Sampling, SequenceSpec, StepItem
 from services.worker.engine_thread import EngineThread, StepEnded
@@ -124,6 +126,37 @@ def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert (settings.max_requests, settings.threads, settings.engine) == (7, 1, "simulated")
     assert settings.thread_count == 1
     assert settings.worker_id != load_settings(WorkerSettings, []).worker_id
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_gives_its_replica(name: str) -> None:
+    replica = WorkerSettings(system=name, adapter_loads=6).replica()
+    assert replica == replace(SYSTEMS[name].replica, max_loads=6, max_hint_loads=3)
+
+
+def test_what_is_set_beside_a_system_wins() -> None:
+    argv = ["--system=slora", "--reserve=quantile", "--keeps-idle-adapters", "--stepping=chunked"]
+    replica = load_settings(WorkerSettings, [*argv, "--prefill-tokens-per-step=64"]).replica()
+    assert (replica.reserve, replica.keeps_idle_adapters) == (Reserve.QUANTILE, True)
+    assert (replica.stepping, replica.prefill_tokens_per_step) == ("chunked", 64)
+    assert replica.admission_every_steps == SYSTEMS["slora"].replica.admission_every_steps
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--system=magic"], "no 'magic'; the systems are: adaptive, "),
+        (["--eviction=magic"], "unknown eviction policy 'magic', have lru"),
+        (["--tbt-target-s=0"], "tbt_target_s: "),
+        (["--step-tokens-limit=8"], "min_prefill_tokens is above step_tokens_limit"),
+    ],
+)
+def test_a_system_that_cannot_work_is_refused_with_the_reason(
+    argv: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        load_settings(WorkerSettings, argv)
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--threads=0", "--scheduler=nowhere", "--dtype=int3", "--nope=1"])

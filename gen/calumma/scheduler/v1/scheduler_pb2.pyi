@@ -41,6 +41,8 @@ class WorkItem(_message.Message):
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_Q90_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     """Counts the workers that the gateway wanted this request to run at, from 1. Frames of an older attempt are dropped.
@@ -61,6 +63,10 @@ class WorkItem(_message.Message):
     """W3C trace context of the request's span."""
     queue_s: _builtins.float
     """Time this request spent queued before its dispatch, seconds. Set by the scheduler."""
+    output_tokens_q90: _builtins.int
+    """Output tokens in total (all attempts) that nine of ten such requests end within. 0: predicted_output_tokens."""
+    waited_s: _builtins.float
+    """Seconds since this request was first submitted, so that one that comes again has not lost its place. 0 the first time."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt and, on a resubmission, the tokens already sent to the client."""
@@ -99,10 +105,12 @@ class WorkItem(_message.Message):
         gateway_id: _builtins.str = ...,
         traceparent: _builtins.str = ...,
         queue_s: _builtins.float = ...,
+        output_tokens_q90: _builtins.int = ...,
+        waited_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "adapter", b"adapter", "logprobs", b"logprobs", "sampling", b"sampling", "stopping", b"stopping", "time_left", b"time_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "adapter", b"adapter", "attempt", b"attempt", "gateway_id", b"gateway_id", "logprobs", b"logprobs", "predicted_output_tokens", b"predicted_output_tokens", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "time_left", b"time_left", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "adapter", b"adapter", "attempt", b"attempt", "gateway_id", b"gateway_id", "logprobs", b"logprobs", "output_tokens_q90", b"output_tokens_q90", "predicted_output_tokens", b"predicted_output_tokens", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "time_left", b"time_left", "token_ids", b"token_ids", "traceparent", b"traceparent", "waited_s", b"waited_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -308,8 +316,14 @@ class RequestPlaced(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    WAITED_FOR_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     queue_s: _builtins.float
+    queue: _builtins.str
+    """The policy's queue that it waited in."""
+    waited_for: _builtins.str
+    """What it waited for last, in the words of QueuedRequest.waits_for, or "nothing"."""
     @_builtins.property
     def attempt(self) -> Global___Attempt: ...
     def __init__(
@@ -318,10 +332,12 @@ class RequestPlaced(_message.Message):
         attempt: Global___Attempt | None = ...,
         worker_id: _builtins.str = ...,
         queue_s: _builtins.float = ...,
+        queue: _builtins.str = ...,
+        waited_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "queue_s", b"queue_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "queue", b"queue", "queue_s", b"queue_s", "waited_for", b"waited_for", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -353,7 +369,9 @@ Global___RequestRejected: _TypeAlias = RequestRejected  # noqa: Y015
 
 @_typing.final
 class RequestReturned(_message.Message):
-    """The worker that had this request is gone or never got it; the gateway should submit it again."""
+    """The worker that had this request is gone, never got it, or was told to stop it so that another goes first; the gateway
+    should submit it again.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -415,6 +433,7 @@ class AttachRequest(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PREFILLED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___WorkerHello: ...
     @_builtins.property
@@ -423,6 +442,8 @@ class AttachRequest(_message.Message):
     def started(self) -> Global___RequestStarted: ...
     @_builtins.property
     def finished(self) -> Global___RequestFinished: ...
+    @_builtins.property
+    def prefilled(self) -> Global___RequestPrefilled: ...
     def __init__(
         self,
         *,
@@ -430,12 +451,13 @@ class AttachRequest(_message.Message):
         status: Global___WorkerStatus | None = ...,
         started: Global___RequestStarted | None = ...,
         finished: Global___RequestFinished | None = ...,
+        prefilled: Global___RequestPrefilled | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "hello", b"hello", "message", b"message", "started", b"started", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "hello", b"hello", "message", b"message", "prefilled", b"prefilled", "started", b"started", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "hello", b"hello", "message", b"message", "started", b"started", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "hello", b"hello", "message", b"message", "prefilled", b"prefilled", "started", b"started", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "status", "started", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "status", "started", "finished", "prefilled"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -569,6 +591,7 @@ class WorkerStatus(_message.Message):
     RESIDENT_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     STEP_S_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
     free_blocks: _builtins.int
     """Blocks neither used by running requests nor held by an adapter that cannot be evicted."""
     running_requests: _builtins.int
@@ -582,6 +605,10 @@ class WorkerStatus(_message.Message):
     def resident(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentAdapter]:
         """Everything in device memory."""
 
+    @_builtins.property
+    def costs(self) -> Global___StepCosts:
+        """What its steps cost, fitted to those that it has measured. Absent until there are enough of them."""
+
     def __init__(
         self,
         *,
@@ -591,14 +618,67 @@ class WorkerStatus(_message.Message):
         resident: _abc.Iterable[Global___ResidentAdapter] | None = ...,
         draining: _builtins.bool = ...,
         step_s: _builtins.float = ...,
+        costs: Global___StepCosts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "loading_requests", b"loading_requests", "resident", b"resident", "running_requests", b"running_requests", "step_s", b"step_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "draining", b"draining", "free_blocks", b"free_blocks", "loading_requests", b"loading_requests", "resident", b"resident", "running_requests", b"running_requests", "step_s", b"step_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class StepCosts(_message.Message):
+    """Coefficients of the time of a step, seconds. A sum over ranks counts the adapter of each token's sequence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKEN_S_FIELD_NUMBER: _builtins.int
+    PREFILL_RANK_TOKEN_S_FIELD_NUMBER: _builtins.int
+    DECODE_SEQUENCE_S_FIELD_NUMBER: _builtins.int
+    DECODE_RANK_S_FIELD_NUMBER: _builtins.int
+    CACHED_TOKEN_S_FIELD_NUMBER: _builtins.int
+    LOAD_BYTE_S_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
+    step_s: _builtins.float
+    """Of any step."""
+    prefill_s: _builtins.float
+    """More, once a step holds a chunk of a prompt. May be negative."""
+    prefill_token_s: _builtins.float
+    prefill_rank_token_s: _builtins.float
+    """Per prompt token and rank of its adapter."""
+    decode_sequence_s: _builtins.float
+    decode_rank_s: _builtins.float
+    """Per decoding sequence and rank of its adapter."""
+    cached_token_s: _builtins.float
+    """Per token of KV cache that the step reads."""
+    load_byte_s: _builtins.float
+    """Per byte of an adapter, from host memory to the device."""
+    batch: _builtins.float
+    """Decoding sequences of a usual step."""
+    def __init__(
+        self,
+        *,
+        step_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+        prefill_token_s: _builtins.float = ...,
+        prefill_rank_token_s: _builtins.float = ...,
+        decode_sequence_s: _builtins.float = ...,
+        decode_rank_s: _builtins.float = ...,
+        cached_token_s: _builtins.float = ...,
+        load_byte_s: _builtins.float = ...,
+        batch: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "cached_token_s", b"cached_token_s", "decode_rank_s", b"decode_rank_s", "decode_sequence_s", b"decode_sequence_s", "load_byte_s", b"load_byte_s", "prefill_rank_token_s", b"prefill_rank_token_s", "prefill_s", b"prefill_s", "prefill_token_s", b"prefill_token_s", "step_s", b"step_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepCosts: _TypeAlias = StepCosts  # noqa: Y015
 
 @_typing.final
 class ResidentAdapter(_message.Message):
@@ -628,6 +708,8 @@ Global___ResidentAdapter: _TypeAlias = ResidentAdapter  # noqa: Y015
 
 @_typing.final
 class RequestStarted(_message.Message):
+    """Its first step begins."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
@@ -645,6 +727,28 @@ class RequestStarted(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestStarted: _TypeAlias = RequestStarted  # noqa: Y015
+
+@_typing.final
+class RequestPrefilled(_message.Message):
+    """Its prompt is computed: the first token of this attempt is there. Once per attempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attempt(self) -> Global___Attempt: ...
+    def __init__(
+        self,
+        *,
+        attempt: Global___Attempt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestPrefilled: _TypeAlias = RequestPrefilled  # noqa: Y015
 
 @_typing.final
 class RequestFinished(_message.Message):
@@ -815,15 +919,23 @@ class GetStateResponse(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    SYSTEM_FIELD_NUMBER: _builtins.int
     scheduler_id: _builtins.str
     policy: _builtins.str
     gateways: _builtins.int
+    system: _builtins.str
+    """The policy with its admission, steps and cache, by name, for example "adaptive"."""
     @_builtins.property
     def queues(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueState]: ...
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerState]: ...
     @_builtins.property
     def queued(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuedRequest]: ...
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantState]:
+        """Those who have requests here, or had some lately."""
+
     def __init__(
         self,
         *,
@@ -833,14 +945,53 @@ class GetStateResponse(_message.Message):
         workers: _abc.Iterable[Global___WorkerState] | None = ...,
         queued: _abc.Iterable[Global___QueuedRequest] | None = ...,
         gateways: _builtins.int = ...,
+        tenants: _abc.Iterable[Global___TenantState] | None = ...,
+        system: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "policy", b"policy", "queued", b"queued", "queues", b"queues", "scheduler_id", b"scheduler_id", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "policy", b"policy", "queued", b"queued", "queues", b"queues", "scheduler_id", b"scheduler_id", "system", b"system", "tenants", b"tenants", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStateResponse: _TypeAlias = GetStateResponse  # noqa: Y015
+
+@_typing.final
+class TenantState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    AVAILABLE_TOKENS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    held: _builtins.int
+    """Requests that its quotas keep out of the queues."""
+    running: _builtins.int
+    """Requests in a queue or at a worker."""
+    tokens_per_s: _builtins.float
+    """Of requests that ended in the last minute."""
+    available_tokens: _builtins.float
+    """What it may take at once, negative in debt. Absent: it has no rate."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        held: _builtins.int = ...,
+        running: _builtins.int = ...,
+        tokens_per_s: _builtins.float = ...,
+        available_tokens: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_available_tokens", b"_available_tokens", "available_tokens", b"available_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_tokens", b"_available_tokens", "available_tokens", b"available_tokens", "held", b"held", "running", b"running", "tenant", b"tenant", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__available_tokens: _TypeAlias = _typing.Literal["available_tokens"]  # noqa: Y015
+    _WhichOneofArgType__available_tokens: _TypeAlias = _typing.Literal["_available_tokens", b"_available_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__available_tokens) -> _WhichOneofReturnType__available_tokens | None: ...
+
+Global___TenantState: _TypeAlias = TenantState  # noqa: Y015
 
 @_typing.final
 class QueueState(_message.Message):
@@ -849,22 +1000,41 @@ class QueueState(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
     OLDEST_S_FIELD_NUMBER: _builtins.int
+    QUOTA_TOKENS_FIELD_NUMBER: _builtins.int
+    USED_TOKENS_FIELD_NUMBER: _builtins.int
+    SIZE_LIMIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     length: _builtins.int
     oldest_s: _builtins.float
     """Age of the oldest request, seconds."""
+    quota_tokens: _builtins.float
+    """KV tokens that its requests may have out. Absent: it has no quota."""
+    used_tokens: _builtins.int
+    """KV tokens that they have out, borrowed ones included."""
+    size_limit: _builtins.float
+    """Sizes below it are queued here, in the policy's measure of size. Absent: there is no limit."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         length: _builtins.int = ...,
         oldest_s: _builtins.float = ...,
+        quota_tokens: _builtins.float | None = ...,
+        used_tokens: _builtins.int = ...,
+        size_limit: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_quota_tokens", b"_quota_tokens", "_size_limit", b"_size_limit", "quota_tokens", b"quota_tokens", "size_limit", b"size_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "name", b"name", "oldest_s", b"oldest_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quota_tokens", b"_quota_tokens", "_size_limit", b"_size_limit", "length", b"length", "name", b"name", "oldest_s", b"oldest_s", "quota_tokens", b"quota_tokens", "size_limit", b"size_limit", "used_tokens", b"used_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__quota_tokens: _TypeAlias = _typing.Literal["quota_tokens"]  # noqa: Y015
+    _WhichOneofArgType__quota_tokens: _TypeAlias = _typing.Literal["_quota_tokens", b"_quota_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__size_limit: _TypeAlias = _typing.Literal["size_limit"]  # noqa: Y015
+    _WhichOneofArgType__size_limit: _TypeAlias = _typing.Literal["_size_limit", b"_size_limit"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quota_tokens) -> _WhichOneofReturnType__quota_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__size_limit) -> _WhichOneofReturnType__size_limit | None: ...
 
 Global___QueueState: _TypeAlias = QueueState  # noqa: Y015
 
@@ -919,7 +1089,10 @@ class QueuedRequest(_message.Message):
     queue: _builtins.str
     waited_s: _builtins.float
     waits_for: _builtins.str
-    """What it waits for: "no_worker", "memory", "batch_slots", "order"."""
+    """What it waits for: "no_worker"; a worker's "memory", memory for its "adapter", "batch_slots"; "prefill": the workers have
+    prompts enough to compute; "quota": its queue has its share of the memory out; "tenant": its tenant has; "order":
+    somebody goes before it; "nothing": it goes at once.
+    """
     def __init__(
         self,
         *,
