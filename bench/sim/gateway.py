@@ -121,6 +121,8 @@ class SimGateway:
         self.open += 1
         if arrival.deadline_s is not None:
             self._loop.after(arrival.deadline_s, lambda: self._leave(client, "deadline"))
+        if arrival.leaves_s is not None:
+            self._loop.after(arrival.leaves_s, lambda: self._leave(client, "cancelled"))
         if self._patience_s is not None:
             self._loop.after(self._patience_s, lambda: self._lose_patience(client))
         self._peers.submit(Work(client.request(), client))

@@ -215,7 +215,7 @@ class _Run:
             if worker.is_alive:
                 state = worker.core.snapshot()
                 assert state.kv_blocks == 0
-                assert not state.requests
+                assert not worker.core.announcements()
                 assert all(adapter.users == 0 for adapter in state.resident)
 
     def _result(self, end_s: float) -> Result:

@@ -23,7 +23,8 @@ from services.core.workers import Placed, Worker
 
 def attach_worker(state: Whereabouts, event: WorkerAttached, *, now: float) -> None:
     """A worker is here, for the first time or again: what it announces is what it has."""
-    worker = Worker(event)
+    worker = Worker(event, state.placement.fleet)
+    worker.capacity = state.capacities.setdefault(event.capacity, event.capacity)
     before = state.workers.get(event.worker_id)
     state.worker_grace.cancel(event.worker_id)
     announced = {running.attempt for running in event.running}
@@ -47,7 +48,7 @@ def detach_worker(state: Whereabouts, event: WorkerDetached, *, now: float) -> N
     worker = state.workers.get(event.worker_id)
     if worker is not None and worker.is_attached:
         worker.is_attached = False
-        worker.hinted = {}
+        worker.hint(())
         state.worker_grace.set(event.worker_id, at_s=now + state.config.worker_grace_s)
 
 

@@ -14,8 +14,8 @@ Rules:
 - A cancelled attempt that nobody knows is remembered for a worker's grace period: a scheduler that
   has restarted may hear of it from the gateway before it hears from the worker that runs it.
 - A request that no known worker could ever run is rejected, at submission or when workers change.
-- Hints name the adapters of queued requests that their likely worker lacks (S-LoRA prefetches for
-  its next batch), and are sent only when they change.
+- Hints name the adapters of queued requests that their likely worker does not use yet (S-LoRA
+  prefetches for its next batch), and are sent only when they change.
 
 Expected of the shell: events of one stream in order, and no WorkerDetached or GatewayDetached for a
 stream that a newer one has replaced.
@@ -50,7 +50,7 @@ from services.core.events import (
     WorkerDetached,
     WorkerReported,
 )
-from services.core.ledger import can_ever_fit
+from services.core.ledger import can_ever_fit, context_limit_tokens
 from services.core.queues import PoolSize, QueuePolicy, Refused, Squashed, Taken, wait_cause
 from services.core.snapshots import ClusterSnapshot, QueuedSnapshot, WaitCause
 from services.core.timers import earliest
@@ -62,7 +62,8 @@ __all__ = ["ClusterConfig", "ClusterScheduler", "ClusterSnapshot"]
 
 _QUEUED_SHOWN = 100
 _TENANTS_SHOWN = 100
-_HINT_SCAN = 4  # queued requests looked at per adapter that may be hinted
+_HINT_SCAN = 4  # queued requests looked at per adapter that may be hinted,
+_HINT_SCAN_MAX = 1024  # and altogether
 
 
 class ClusterScheduler:
@@ -77,6 +78,7 @@ class ClusterScheduler:
         self._capacities: list[Capacity] = []  # distinct ones of all workers that there are
         self._knows_capacities = True
         self._no_worker_since_s: float | None = None
+        self._has_hinted = False
         self._hints_due_s: float | None = None
         self._hints_planned_s = float("-inf")
 
@@ -90,10 +92,12 @@ class ClusterScheduler:
             case RequestFinished():
                 self._finish(event, now=now)
             case RequestPrefilled():
-                self._end_prefill(event)
+                if not self._end_prefill(event):
+                    return []
             case RequestStarted(worker_id, attempt):
                 if (worker := state.workers.get(worker_id)) is not None:
                     worker.start(attempt)
+                return []  # nobody can go for that
             case WorkerReported():
                 self._report(event)
             case RequestCancelled(attempt, cause):
@@ -171,6 +175,7 @@ class ClusterScheduler:
     def check_integrity(self) -> None:
         """Assert all that must hold between events."""
         self._state.check_integrity()
+        self._placement.fleet.check_integrity()
         assert self._open == [w for w in self._state.workers.values() if w.is_open]
 
     # --- events -----------------------------------------------------------------------------
@@ -195,8 +200,10 @@ class ClusterScheduler:
 
     def _admit(self, request: Request, *, now: float) -> None:
         state = self._state
+        limit_tokens: int | None = None
         if not self._can_ever_run(request):
             reason, retry_after_s = RejectReason.TOO_LARGE, None
+            limit_tokens = self._limit_tokens(request)
         elif len(state.queued) >= self._config.queue_limit:
             reason, retry_after_s = RejectReason.QUEUE_FULL, self._config.retry_after_s
         else:
@@ -205,7 +212,9 @@ class ClusterScheduler:
                 return
             reason = RejectReason.TENANT_QUOTA
             retry_after_s = refusal.retry_after_s or self._config.retry_after_s
-        state.out.append(Reject(request.gateway_id, request.attempt, reason, retry_after_s))
+        state.out.append(
+            Reject(request.gateway_id, request.attempt, reason, retry_after_s, limit_tokens)
+        )
 
     def _cancel(self, attempt: Attempt, cause: str, *, now: float) -> None:
         state = self._state
@@ -227,14 +236,17 @@ class ClusterScheduler:
             if worker.is_open != (worker in self._open):
                 self._count_workers()
 
-    def _end_prefill(self, event: RequestPrefilled) -> None:
+    def _end_prefill(self, event: RequestPrefilled) -> bool:
+        """True if its worker takes requests again."""
         worker = self._state.workers.get(event.worker_id)
         if worker is None:
-            return
+            return False
         had_enough = self._placement.has_enough(worker)
         worker.end_prefill(event.attempt)
-        if had_enough and not self._placement.has_enough(worker):
-            self._placement.forget_refusals()  # of those who were refused by the others alone
+        if not had_enough or self._placement.has_enough(worker):
+            return False
+        self._placement.forget_refusals()  # of those who were refused by the others alone
+        return True
 
     def _finish(self, event: RequestFinished, *, now: float) -> None:
         worker = self._state.workers.get(event.worker_id)
@@ -282,7 +294,10 @@ class ClusterScheduler:
         self._capacities = capacities
         for request_id, (request, _) in list(self._state.queued.items()):
             if not self._can_ever_run(request):
-                self._state.reject_queued(request_id, RejectReason.TOO_LARGE)
+                limit_tokens = self._limit_tokens(request)
+                self._state.reject_queued(
+                    request_id, RejectReason.TOO_LARGE, limit_tokens=limit_tokens
+                )
 
     def _reject_without_worker(self, now: float) -> None:
         if self._open:
@@ -327,6 +342,10 @@ class ClusterScheduler:
         capacities = self._capacities
         return not capacities or any(can_ever_fit(request, one) for one in capacities)
 
+    def _limit_tokens(self, request: Request) -> int:
+        """Of context with its adapter, at the worker that could hold most."""
+        return max(context_limit_tokens(request.adapter, one) for one in self._capacities)
+
     def _waits_for(self, request: Request, *, now: float) -> WaitCause:
         if request.attempt.request_id in self._state.gate:
             return "tenant"
@@ -340,7 +359,7 @@ class ClusterScheduler:
     def _hint(self, now: float) -> None:
         """Look at the queue again, not more often than the interval allows."""
         depth = self._config.prefetch_depth
-        if depth == 0 or not (self._state.queued or any(w.hinted for w in self._open)):
+        if depth == 0 or not (self._state.queued or self._has_hinted):
             self._hints_due_s = None
             return
         due_s = self._hints_planned_s + self._config.prefetch_interval_s
@@ -350,10 +369,13 @@ class ClusterScheduler:
         self._hints_planned_s, self._hints_due_s = now, None
         if not self._open:
             return
-        upcoming = islice(self._policy.upcoming(), _HINT_SCAN * depth * len(self._open))
+        upcoming = islice(
+            self._policy.upcoming(), min(_HINT_SCAN * depth * len(self._open), _HINT_SCAN_MAX)
+        )
         hints = self._placement.plan_hints(upcoming)
+        self._has_hinted = any(hints.values())
         for worker in self._open:
             adapters = hints[worker.worker_id]
             if adapters != tuple(worker.hinted.values()):
-                worker.hinted = {adapter.digest: adapter for adapter in adapters}
+                worker.hint(adapters)
                 self._state.out.append(Prefetch(worker.worker_id, adapters))

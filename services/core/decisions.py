@@ -40,6 +40,7 @@ class Reject:
     attempt: Attempt
     reason: RejectReason
     retry_after_s: float | None
+    limit_tokens: int | None = None  # of prompt and output with its adapter, if it is too large
 
 
 @dataclass(frozen=True, slots=True)

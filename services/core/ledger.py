@@ -63,6 +63,13 @@ def can_ever_fit(request: Request, capacity: Capacity) -> bool:
     return need.kv_blocks + need.adapter_blocks <= capacity.pool_blocks
 
 
+def context_limit_tokens(adapter: Adapter | None, capacity: Capacity) -> int:
+    """The longest context that fits the worker with that adapter; 0 if the adapter does not."""
+    adapter_blocks = 0 if adapter is None else capacity.adapter_blocks(adapter)
+    kv_tokens = max(0, capacity.pool_blocks - adapter_blocks) * capacity.block_tokens
+    return min(capacity.max_context_tokens, kv_tokens)
+
+
 @dataclass(slots=True)
 class _Share:
     """An adapter in use."""

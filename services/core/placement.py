@@ -11,13 +11,21 @@ With `dispatches_ahead` no worker is asked for anything but the shortest queue: 
 queue for themselves.
 """
 
+import heapq
 import math
 from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Final
 
 from services.core.config import ClusterConfig
+from services.core.fleet import Fleet
 from services.core.ledger import Fit, Need, need_of
 from services.core.types import Adapter, AdapterDigest, Capacity, Request, RequestId, WorkerId
 from services.core.workers import Worker
+
+_Known = tuple[Capacity, Need]
+
+_NEAR_MAX: Final = 16  # workers with an adapter that are looked at; a hot one is at more
 
 
 class Placement:
@@ -25,16 +33,16 @@ class Placement:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._workers: Sequence[Worker] = ()
+        self.fleet = Fleet()
         self._now = 0.0
         self._refused: dict[RequestId, Fit] = {}
-        self._needs: dict[RequestId, tuple[Capacity, Need]] = {}  # of those that were refused
+        self._needs: dict[RequestId, _Known] = {}  # of those that were asked
         self.version = 0
         self.chosen: tuple[Worker, Need] | None = None
 
     def open_to(self, workers: Sequence[Worker]) -> None:
         """These workers take requests from now on."""
-        self._workers = workers
+        self.fleet.open_to(workers)
         self.forget_refusals()
 
     def forget_refusals(self) -> None:
@@ -65,11 +73,7 @@ class Placement:
     @property
     def free_tokens(self) -> int:
         """Most KV tokens that any one worker has unpromised."""
-        most = 0
-        for worker in self._workers:
-            tokens = worker.ledger.free_blocks * worker.capacity.block_tokens
-            most = max(most, tokens)
-        return most
+        return self.fleet.most_free_tokens
 
     def __call__(self, request: Request) -> Fit:
         """Whether some worker can start the request now; `chosen` is then who, and at what cost."""
@@ -85,12 +89,15 @@ class Placement:
     def is_near(self, request: Request) -> bool:
         """True if some worker has its adapter or expects it, or if it has none."""
         adapter = request.adapter
-        return adapter is None or any(w.expects(adapter.digest) for w in self._workers)
+        return adapter is None or any(True for _ in self.fleet.expecting(adapter.digest))
 
     def free_in_s(self, request: Request) -> float:
         """Predicted seconds until some worker's memory suffices for it; inf if that is unknown."""
         return min(
-            (w.free_in_s(self.need(request, w.capacity), now=self._now) for w in self._workers),
+            (
+                w.free_in_s(self.need(request, w.capacity), now=self._now)
+                for w in self.fleet.workers
+            ),
             default=math.inf,
         )
 
@@ -106,73 +113,102 @@ class Placement:
 
     def choose(self, request: Request) -> Fit:
         """As `__call__`, without memory of refusals."""
-        if self._config.dispatches_ahead and self._workers:
+        if not self.fleet.workers:
+            return Fit.BATCH_SLOTS
+        if self._config.dispatches_ahead:
             return self._shortest_queue(request)
-        digest = request.adapter.digest if request.adapter is not None else None
-        capacity, need = self._needs.get(request.attempt.request_id, _UNKNOWN)
-        worst = Fit.BATCH_SLOTS
-        fitting: list[tuple[Worker, Need]] = []
-        for worker in self._workers:
+        best: tuple[Worker, Need] | None = None
+        for worker in self._near(request):
             if self.has_enough(worker):
-                worst = Fit.PREFILL if worst is Fit.BATCH_SLOTS else worst
                 continue
-            if worker.capacity is not capacity:
-                capacity = worker.capacity
-                need = self.need(request, capacity)
-            fit = worker.ledger.fit(need)
-            if fit is Fit.FITS:
-                fitting.append((worker, need))
-            elif _HARDNESS[fit] > _HARDNESS[worst]:
-                worst = fit
-        if not fitting:
-            if worst is Fit.MEMORY or worst is Fit.ADAPTER:
-                self._needs[request.attempt.request_id] = (capacity, need)
-            return worst
-        self.chosen = fitting[0] if len(fitting) == 1 else self._prefer(fitting, digest)
+            need = self._need_at(worker, request)
+            is_better = best is None or _load(worker) < _load(best[0])
+            if is_better and worker.ledger.fit(need) is Fit.FITS:
+                best = worker, need
+        if best is None:
+            return self._least_loaded(request)
+        self.chosen = best
         return Fit.FITS
 
-    def _prefer(
-        self, fitting: list[tuple[Worker, Need]], digest: AdapterDigest | None
-    ) -> tuple[Worker, Need]:
-        if digest is not None:
-            limit = self._load_limit()
-            near = [one for one in fitting if one[0].expects(digest)]
-            fitting = [one for one in near if len(one[0].ledger) < limit] or fitting
-        return min(fitting, key=lambda one: (one[0].backlog_s, -one[0].ledger.free_blocks))
+    def _near(self, request: Request) -> Sequence[Worker]:
+        """Workers that its adapter makes preferable."""
+        if request.adapter is None:
+            return ()
+        near = islice(self.fleet.expecting(request.adapter.digest), _NEAR_MAX)
+        limit = self._load_limit()
+        return [worker for worker in near if len(worker.ledger) < limit]
+
+    def _least_loaded(self, request: Request) -> Fit:
+        worst = Fit.BATCH_SLOTS
+        for worker in self.fleet.by_load():
+            if self.has_enough(worker):  # and so have all behind it
+                return Fit.PREFILL if worst is Fit.BATCH_SLOTS else worst
+            need = self._need_at(worker, request)
+            fit = worker.ledger.fit(need)
+            if fit is Fit.FITS:
+                self.chosen = worker, need
+                return fit
+            worst = fit if _HARDNESS[fit] > _HARDNESS[worst] else worst
+            if need.kv_blocks * worker.capacity.block_tokens > self.free_tokens:
+                break  # nobody has so much
+        return worst
+
+    def _need_at(self, worker: Worker, request: Request) -> Need:
+        request_id = request.attempt.request_id
+        known = self._needs.get(request_id)
+        if known is not None and known[0] is worker.capacity:
+            return known[1]
+        need = self.need(request, worker.capacity)
+        self._needs[request_id] = worker.capacity, need
+        return need
 
     def _shortest_queue(self, request: Request) -> Fit:
-        worker = min(self._workers, key=lambda w: len(w.ledger))
+        worker = min(self.fleet.workers, key=lambda w: len(w.ledger))
         self.chosen = worker, self.need(request, worker.capacity)
         return Fit.FITS
 
     def _load_limit(self) -> int:
         """Requests that a worker may have after taking one more for its adapter's sake."""
-        total = 1 + sum(len(worker.ledger) for worker in self._workers)
-        return math.ceil(self._config.load_bound * total / len(self._workers))
+        fleet = self.fleet
+        return math.ceil(self._config.load_bound * (1 + fleet.requests) / len(fleet.workers))
 
     # --- hints ----------------------------------------------------------------------------------
 
     def plan_hints(self, upcoming: Iterable[Request]) -> dict[WorkerId, tuple[Adapter, ...]]:
-        """Adapters that each worker should load for the queue: those it does not hold."""
-        workers, depth = self._workers, self._config.prefetch_depth
-        hints: dict[WorkerId, dict[AdapterDigest, Adapter]] = {w.worker_id: {} for w in workers}
+        """Adapters that each worker should have for the queue: those not in use there.
+
+        One that is there and idle is named too: else it would go for the next one of the hint, and
+        be loaded again.
+        """
+        fleet, depth = self.fleet, self._config.prefetch_depth
+        hints: dict[WorkerId, dict[AdapterDigest, Adapter]] = {
+            worker.worker_id: {} for worker in fleet.workers
+        }
         limit = self._load_limit()
+        by_load = tuple(fleet.by_load())
+        fewest = [(0, rank) for rank in range(len(by_load))]  # a heap; counts may be outdated
         for request in upcoming:
             adapter = request.adapter
             if adapter is None:
                 continue
-            near = [w for w in workers if w.expects(adapter.digest) and len(w.ledger) < limit]
-            worker = min(
-                near or workers,
-                key=lambda w: (len(hints[w.worker_id]), w.backlog_s, -w.ledger.free_blocks),
-            )
+            near = islice(fleet.expecting(adapter.digest), _NEAR_MAX)
+            worker = next((w for w in near if len(w.ledger) < limit), None)
+            while worker is None:
+                count, rank = fewest[0]
+                hinted = len(hints[by_load[rank].worker_id])
+                if hinted == count:
+                    worker = by_load[rank]
+                else:
+                    heapq.heapreplace(fewest, (hinted, rank))
             chosen = hints[worker.worker_id]
-            if len(chosen) < depth and not worker.holds(adapter.digest):
+            if len(chosen) < depth and not worker.ledger.uses(adapter.digest):
                 chosen.setdefault(adapter.digest, adapter)
         return {worker_id: tuple(adapters.values()) for worker_id, adapters in hints.items()}
 
 
-_UNKNOWN: tuple[Capacity, Need] = (Capacity(0, 1, 1, 0, 0), Need(0, None, 0))  # no worker's
+def _load(worker: Worker) -> tuple[float, int]:
+    return worker.backlog_s, -worker.ledger.free_blocks
+
 
 # Of two reasons at different workers the one that says more about the request itself is told.
 _HARDNESS = {Fit.BATCH_SLOTS: 0, Fit.PREFILL: 1, Fit.MEMORY: 2, Fit.ADAPTER: 3, Fit.FITS: 4}

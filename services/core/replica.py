@@ -41,6 +41,7 @@ from services.core.events import (
     ReplicaEvent,
     RequestAborted,
     RequestDispatched,
+    RunningRequest,
     StepFinished,
 )
 from services.core.eviction import build_eviction
@@ -136,8 +137,11 @@ class ReplicaScheduler:
             running=running,
             loading=len(self._roster) - running,
             resident=memory.cache.resident(),
-            requests=tuple(sequence.announcement() for sequence in self._roster.all()),
         )
+
+    def announcements(self) -> tuple[RunningRequest, ...]:
+        """All that is here, as a worker that attaches announces it."""
+        return tuple(sequence.announcement() for sequence in self._roster.all())
 
     def check_integrity(self) -> None:
         """Assert all that must hold between events."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from services.core.events import ResidentAdapter, RunningRequest
+from services.core.events import ResidentAdapter
 from services.core.types import Capacity, RequestId, TenantId, WorkerId
 
 # Why a request waits. "prefill": the workers have prompts enough to compute; "quota": its queue has
@@ -90,4 +90,3 @@ class ReplicaSnapshot:
     running: int  # requests with an open sequence
     loading: int  # requests that wait for their adapter or for memory
     resident: tuple[ResidentAdapter, ...]
-    requests: tuple[RunningRequest, ...]  # all that are here, as WorkerAttached announces them

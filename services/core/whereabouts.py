@@ -28,7 +28,7 @@ from services.core.placement import Placement
 from services.core.queues import QueuePolicy, Taken
 from services.core.tenant_gate import Refusal, TenantGate
 from services.core.timers import Timers
-from services.core.types import Attempt, GatewayId, Request, RequestId, WorkerId
+from services.core.types import Attempt, Capacity, GatewayId, Request, RequestId, WorkerId
 from services.core.workers import Placed, Worker
 
 _GATE: Final = "tenant"  # the queue of those that their tenant's quota holds
@@ -68,6 +68,7 @@ class Whereabouts:
         self.config = config
         self.policy = policy
         self.workers: dict[WorkerId, Worker] = {}
+        self.capacities: dict[Capacity, Capacity] = {}  # one object for all that are equal
         self.gateways: dict[GatewayId, Gateway] = {}
         self.live: dict[RequestId, Live] = {}
         self.queued: OrderedDict[RequestId, tuple[Request, float]] = OrderedDict()
@@ -127,11 +128,18 @@ class Whereabouts:
         return _GATE if request_id in self.gate else self.policy.queue_of(request_id)
 
     def reject_queued(
-        self, request_id: RequestId, reason: RejectReason, retry_after_s: float | None = None
+        self,
+        request_id: RequestId,
+        reason: RejectReason,
+        retry_after_s: float | None = None,
+        *,
+        limit_tokens: int | None = None,
     ) -> None:
         """A waiting request will not run."""
         request = self._withdraw(request_id)
-        self.out.append(Reject(request.gateway_id, request.attempt, reason, retry_after_s))
+        self.out.append(
+            Reject(request.gateway_id, request.attempt, reason, retry_after_s, limit_tokens)
+        )
 
     def refuse_taken(self, request_id: RequestId, reason: RejectReason) -> None:
         """A request that its policy has just taken out will not run."""

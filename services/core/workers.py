@@ -1,6 +1,8 @@
 """A worker as the cluster machine sees it: what it was given, what it holds, whether it listens."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from services.core.costs import StepCosts
 from services.core.events import ResidentAdapter, RunningRequest, WorkerAttached
@@ -24,10 +26,22 @@ class Placed:
     abort_cause: str | None = None
 
 
+class Watcher(Protocol):
+    """Is told what changes at a worker."""
+
+    def note_load(self, worker: "Worker") -> None:
+        """Its requests, backlog or promised memory."""
+        ...
+
+    def note_adapter(self, worker: "Worker", digest: AdapterDigest) -> None:
+        """Whether it expects an adapter."""
+        ...
+
+
 class Worker:
     """One worker's ledger and the facts that it reported."""
 
-    def __init__(self, event: WorkerAttached) -> None:
+    def __init__(self, event: WorkerAttached, watcher: Watcher) -> None:
         self.worker_id = event.worker_id
         self.capacity: Capacity = event.capacity
         self.ledger = Ledger(event.capacity)
@@ -35,6 +49,7 @@ class Worker:
         self.is_attached = True
         self.is_draining = event.draining
         self.hinted: dict[AdapterDigest, Adapter] = {}  # most urgent first
+        self._watcher = watcher
         self.costs = StepCosts()
         self.backlog_s = 0.0  # prompts here that wait to be computed, in seconds of its time
         self._computing = 0  # how many they are
@@ -55,17 +70,27 @@ class Worker:
         costs: StepCosts | None = None,
     ) -> None:
         """Take over what the worker says it holds and measured."""
-        self._resident = {adapter.digest: adapter for adapter in resident}
+        before, self._resident = self._resident, {one.digest: one for one in resident}
         self.is_draining = is_draining
         self.costs = costs or self.costs
+        for digest in before.keys() ^ self._resident.keys():
+            self._watcher.note_adapter(self, digest)
 
-    def holds(self, digest: AdapterDigest) -> bool:
-        """True if the adapter is here or on its way for a request."""
-        return digest in self._resident or self.ledger.uses(digest)
+    def hint(self, adapters: Iterable[Adapter]) -> None:
+        """It was told to expect these, most urgent first, and no others."""
+        before, self.hinted = self.hinted, {adapter.digest: adapter for adapter in adapters}
+        for digest in before.keys() ^ self.hinted.keys():
+            self._watcher.note_adapter(self, digest)
 
     def expects(self, digest: AdapterDigest) -> bool:
         """True if the adapter is here or on its way, for a request or as hinted."""
         return digest in self._resident or self.ledger.uses(digest) or digest in self.hinted
+
+    def expected(self) -> set[AdapterDigest]:
+        """All adapters that `expects` is true of."""
+        charged = (placed.need.adapter for placed in self.placed.values())
+        used = {digest for digest in charged if digest is not None}
+        return used | self._resident.keys() | self.hinted.keys()
 
     # --- the life of a request here -------------------------------------------------------------
 
@@ -92,6 +117,7 @@ class Worker:
             return
         if placed.prompt_s and not placed.is_computing:
             self._count(placed)
+            self._watcher.note_load(self)
         if (digest := placed.need.adapter) is not None:
             blocks = placed.need.adapter_blocks
             self._resident.setdefault(digest, ResidentAdapter(digest, blocks, users=1))
@@ -102,6 +128,7 @@ class Worker:
         if placed is not None:
             self._uncount(placed)
             placed.prompt_s = 0.0
+            self._watcher.note_load(self)
 
     def adopt(self, running: RunningRequest) -> Placed:
         """Charge a request that the worker announced. A loading adapter's size is not known."""
@@ -123,6 +150,7 @@ class Worker:
         self.ledger.release(attempt)
         placed = self.placed.pop(attempt)
         self._uncount(placed)
+        self._tell(placed)
         return placed
 
     def measure(self, attempt: Attempt, output_tokens: int, *, now: float) -> None:
@@ -173,7 +201,14 @@ class Worker:
     def _put(self, attempt: Attempt, placed: Placed) -> Placed:
         self.ledger.reserve(attempt, placed.need)
         self.placed[attempt] = placed
+        self._tell(placed)
         return placed
+
+    def _tell(self, placed: Placed) -> None:
+        """A request has come or gone."""
+        self._watcher.note_load(self)
+        if placed.need.adapter is not None:
+            self._watcher.note_adapter(self, placed.need.adapter)
 
     def _count(self, placed: Placed) -> None:
         placed.is_computing = True

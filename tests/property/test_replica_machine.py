@@ -178,7 +178,7 @@ class ReplicaMachine(RuleBasedStateMachine):
             else:
                 break
         assert not self.engine.known
-        assert not self.replica.snapshot().requests
+        assert not self.replica.announcements()
         assert self.replica.snapshot().kv_blocks == 0
         assert set(self.engine.left) == set(self.dispatched)
 

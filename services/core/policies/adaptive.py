@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from services.core.bounds import require_not_negative
 from services.core.costs import StepCosts
 from services.core.decisions import RejectReason
 from services.core.fairness import FairClock, Stamp
@@ -56,9 +57,12 @@ class AdaptiveConfig:
     refuses_late: bool = True  # refuse who cannot end before its deadline any more
 
     def __post_init__(self) -> None:
-        assert self.patience >= 0
-        assert self.priority_s >= 0
-        assert self.drain_s >= 0
+        require_not_negative(
+            patience=self.patience,
+            decode_share=self.decode_share,
+            priority_s=self.priority_s,
+            drain_s=self.drain_s,
+        )
         assert 0 <= self.passers <= 48
 
 

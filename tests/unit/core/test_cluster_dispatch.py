@@ -361,23 +361,23 @@ def test_costs_that_a_worker_reports_reach_the_policy() -> None:
 
 
 @pytest.mark.parametrize(
-    "new",
+    ("new", "limit"),
     [
-        request("context", context=1001),
-        request("memory", using=adapter(blocks=1), context=500, output=1, output_max=600),
-        request("adapter", using=adapter(blocks=100)),
+        (request("context", context=1001), 1000),
+        (request("memory", using=adapter(blocks=1), context=500, output=1, output_max=600), 990),
+        (request("adapter", using=adapter(blocks=100)), 0),
     ],
 )
-def test_a_request_that_no_worker_could_ever_run_is_rejected(new: Request) -> None:
+def test_a_request_that_no_worker_could_ever_run_is_rejected(new: Request, limit: int) -> None:
     [reject] = Scene(W).submit(new)
-    assert reject == Reject(GATEWAY, new.attempt, RejectReason.TOO_LARGE, None)
+    assert reject == Reject(GATEWAY, new.attempt, RejectReason.TOO_LARGE, None, limit)
 
 
 def test_a_request_too_large_for_the_workers_that_come_later_is_rejected_then() -> None:
     scene = Scene()
     assert scene.submit(request("a", context=900)) == []
     [reject] = scene.worker(W, limits=capacity(10))
-    assert reject == Reject(GATEWAY, attempt("a"), RejectReason.TOO_LARGE, None)
+    assert reject == Reject(GATEWAY, attempt("a"), RejectReason.TOO_LARGE, None, 100)
 
 
 def test_a_request_that_only_a_lost_worker_could_run_is_rejected_when_that_is_given_up() -> None:
@@ -628,7 +628,7 @@ def test_hints_name_the_adapters_that_the_queue_waits_for() -> None:
     scene.submit(*queued[:1], now=1.0)
     scene.submit(*queued[1:], now=1.0)
     assert scene.cluster.next_deadline() == pytest.approx(1.05)
-    assert prefetches(scene.tick(1.05)) == [(adapter("x"), adapter("x2"))]
+    assert prefetches(scene.tick(1.05)) == [(adapter("here"), adapter("x"))]  # it is to stay
 
 
 def test_hints_are_sent_only_when_they_change_and_withdrawn_at_the_end() -> None:

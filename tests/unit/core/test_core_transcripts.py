@@ -212,9 +212,9 @@ def test_a_worker_goes_and_its_request_goes_on_elsewhere() -> None:
         hint v: x
         > 9 w attached
         abort a.1 at w: superseded
-        hint v: nothing
         > 9.1 a.1 finished at w
         dispatch a.2 to w after 1.1 s for batch_slots
+        hint v: nothing
         > 10 a cancelled
         abort a.2 at w: client_cancelled
         """,

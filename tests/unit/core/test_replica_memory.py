@@ -161,5 +161,5 @@ def test_aborting_everything_leaves_an_empty_pool_but_for_adapters() -> None:
     bench.load_all()
     snapshot = bench.machine.snapshot()
     assert snapshot.kv_blocks == 0
-    assert snapshot.requests == ()
+    assert bench.machine.announcements() == ()
     assert snapshot.evictable_blocks == snapshot.adapter_blocks
