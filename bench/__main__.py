@@ -10,6 +10,9 @@ from bench import report
 NAMES: Final = {
     "spine": "32 concurrent requests over 8 adapters and the base: the suite against PEFT",
     "accuracy": "each example adapter at its own job, through the whole suite, against the base",
+    "policies": "every policy simulated: knees, tails, regimes, tenants, faults, against S-LoRA",
+    "uellm": "UELLM's experiment rebuilt, and the default policy beside its systems",
+    "control": "submit + dispatch + finish cycles per second of the scheduler's core",
     "replay": "one trace live over gRPC and simulated: same decisions, same times to first token",
 }
 

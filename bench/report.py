@@ -1,12 +1,14 @@
 """What every benchmark returns and how it is written: rows, targets, and where it was measured."""
 
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,17 @@ class Report:
 
     rows: Sequence[Row]
     targets: Sequence[Target]
+    figures: Mapping[str, bytes] = field(default_factory=dict[str, bytes])  # by file name
 
 
 def write(report: Report, path: Path | None) -> None:
-    """Print the report for people and, if `path` is given, as JSON."""
-    _print_rows(report.rows)
+    """Print the report for people and, if `path` is given, as JSON.
+
+    Figures go to a folder beside that file, named as it is without its suffix.
+    """
+    for _, table in groupby(report.rows, key=tuple):  # rows of one table have the same columns
+        _print_rows(list(table))
+        print()
     for target in report.targets:
         verdict = "holds" if target.holds else "MISSED"
         print(
@@ -47,7 +55,11 @@ def write(report: Report, path: Path | None) -> None:
             f" (target {'at most ' if target.is_upper else ''}{target.target:g})"
         )
     if path is not None:
-        path.write_text(json.dumps(_document(report), indent=1) + "\n")
+        path.write_text(json.dumps(_document(report), indent=1, allow_nan=False) + "\n")
+        for name, content in report.figures.items():
+            folder = path.with_suffix("")
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
 
 
 def _document(report: Report) -> dict[str, Any]:
@@ -55,8 +67,16 @@ def _document(report: Report) -> dict[str, Any]:
         "commit": _commit(),
         "machine": _machine(),
         "command": _command(),
-        "rows": list(report.rows),
-        "targets": [{**asdict(target), "holds": target.holds} for target in report.targets],
+        "rows": [_finite(row) for row in report.rows],
+        "targets": [_finite({**asdict(one), "holds": one.holds}) for one in report.targets],
+    }
+
+
+def _finite(row: Row) -> Row:
+    """JSON has no infinity: what never came is null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
     }
 
 
@@ -68,8 +88,6 @@ def _command() -> str:
 
 
 def _print_rows(rows: Sequence[Row]) -> None:
-    if not rows:
-        return
     columns = list(rows[0])
     cells = [[_text(row.get(column)) for column in columns] for row in rows]
     widths = [

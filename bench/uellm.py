@@ -19,9 +19,21 @@ authors' code. What a batch takes is
   the logs; the SLOs, which could not be met otherwise, do not.
 
 Lengths are not published. They are those of public Alpaca answers, and of ShareGPT's, which are
-twice as long, as a chat model's are; where the data is absent, of quantiles fitted to them. Another
-system is put beside these by `make_queries` and `outcome_of`; UELM-all leaves three of its four
-devices idle, so one that uses all four has to say so.
+twice as long, as a chat model's are; where the data is absent, of quantiles fitted to them.
+
+`adaptive`, our default, serves the same queries in `bench.sim`: batches by the step, each query
+answers when it ends. Its four replicas use all four devices; UELM-all leaves three of them idle, so
+there is a row with one replica too. The card is derived from the same constant (`_hardware`):
+
+- a step of ten sequences takes `step_s`, one of a single sequence 6.3 / 6.8 of it (the same sweep),
+  so each further one 0.5 / 9 / 6.8 = 0.82 % of it; a line, also beyond ten. The sweep's 7.8 s for
+  five is above both and is left out.
+- a prompt token computes as long as a further sequence does, which is more than it really would;
+  weights are read meanwhile, so short prompts cost nothing.
+- a token's keys and values are 28 KiB (two groups of 128 in 28 layers); 4 GiB of them, enough for
+  all hundred queries at their limit, since no card is published.
+
+SLOs are checked at the end, nobody is refused for one.
 """
 
 import gzip
@@ -29,13 +41,15 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from statistics import fmean
 from typing import Final, Literal
 
 import numpy as np
 
 from bench.report import Report, Row, Target
-from bench.workload import LengthModel, load_lengths
+from bench.sim import Hardware, Result, Scenario, simulate
+from bench.workload import Arrival, LengthModel, Trace, load_lengths
 from bench.workload.lengths import Fitted, Table
 from bench.workload.public_data import data_folder
 from services.core.policies.static_batches import (
@@ -46,7 +60,9 @@ from services.core.policies.static_batches import (
     s3_batches,
 )
 from services.core.resource_profile import KvShape, uellm_kv_bytes
+from services.core.systems import SYSTEMS as OUR_SYSTEMS
 from services.core.types import Attempt, GatewayId, Request, RequestId, TenantId
+from services.worker.engine.profiles import HardwareProfile
 
 QUERIES: Final = 100
 SEEDS: Final = (1, 2, 3, 4, 5)
@@ -61,6 +77,8 @@ PUBLISHED: Final = {  # mean of five runs: seconds, share of queries later than 
     "uelm-all": (65.2, 0.0),
 }
 LEAST_GAIN: Final = 0.723  # the paper's range is 72.3 to 90.3 % less than one or the other
+OUR_GAINS: Final = {"s3": 0.903, "morphling": 0.723}  # of the mean; these pairs are its two ends
+REPLICAS: Final = (4, 1)
 
 _CHATGLM2 = KvShape(layers=28, kv_heads=2, head_dim=128)
 _CHATGLM2_HIDDEN = 4096
@@ -170,7 +188,9 @@ def alpaca_lengths() -> LengthModel:
 
 def _rows(sets: Sequence[Sequence[Request]], ends: Ends, lengths: str) -> list[Row]:
     step_s = calibrated_step_s(sets, ends)
-    return [_row(system, sets, ends, step_s) | {"lengths": lengths} for system in SYSTEMS]
+    theirs = [_row(system, sets, ends, step_s) for system in SYSTEMS]
+    ours = [_our_row(replicas, sets, ends, step_s) for replicas in REPLICAS]
+    return [row | {"lengths": lengths} for row in (*theirs, *ours)]
 
 
 def _row(system: System, sets: Sequence[Sequence[Request]], ends: Ends, step_s: float) -> Row:
@@ -200,23 +220,115 @@ def _row(system: System, sets: Sequence[Sequence[Request]], ends: Ends, step_s: 
     }
 
 
+def serve(queries: Sequence[Request], *, replicas: int, step_s: float) -> Outcome:
+    """The same queries through our default system."""
+    result = simulate(
+        Scenario(
+            system=OUR_SYSTEMS["adaptive"],
+            hardware=_hardware(step_s),
+            trace=Trace("uellm", 1.0, tuple(map(_arrival, queries)), ()),
+            workers=replicas,
+            sample_s=None,
+        )
+    )
+    return outcome_of(_finished_s(result), queries)
+
+
+def _hardware(step_s: float) -> Hardware:
+    alone_s, ten_s = 6.3, 6.8
+    further_ms = (ten_s - alone_s) / 9 / ten_s * step_s * 1e3
+    profile = HardwareProfile(
+        name="chatglm2-6b",
+        vocab_size=65_024,
+        eos_token_ids=(2,),
+        max_context_tokens=8192,
+        kv_bytes_per_token=_CHATGLM2.token_bytes,
+        memory_bytes=4 * 2**30,
+        fixed_ms=0.0,
+        weights_ms=alone_s / ten_s * step_s * 1e3 - further_ms,
+        token_ms=further_ms,
+        sequence_ms=further_ms,
+        cached_token_ms=0.0,
+        prefill_lora_ms=0.0,
+        decode_lora_ms=0.0,
+        rank_token_ms=0.0,
+        decode_rank_ms=0.0,
+        load_bytes_per_s=1e10,
+    )
+    return Hardware(profile)
+
+
+def _arrival(query: Request) -> Arrival:
+    return Arrival(
+        arrival_s=0.0,
+        tenant=query.tenant_id,
+        adapter=None,
+        prompt_tokens=query.context_tokens,
+        output_tokens=query.predicted_output_tokens,
+        max_output_tokens=query.max_output_tokens,
+    )
+
+
+def _finished_s(result: Result) -> dict[RequestId, float]:
+    return {
+        RequestId(f"q{record.index}"): inf if record.end_s is None else record.end_s
+        for record in result.requests
+    }
+
+
+def _our_row(replicas: int, sets: Sequence[Sequence[Request]], ends: Ends, step_s: float) -> Row:
+    outcomes = [serve(queries, replicas=replicas, step_s=step_s) for queries in sets]
+    totals_s = [outcome.total_s for outcome in outcomes]
+    return {
+        "system": f"adaptive, {replicas} replica{'s' if replicas > 1 else ''}",
+        "ends": ends,
+        "batches": None,
+        "total_s": fmean(totals_s),
+        "total_s_min": min(totals_s),
+        "total_s_max": max(totals_s),
+        "published_s": None,
+        "mean_s": fmean(outcome.mean_completion_s for outcome in outcomes),
+        "late": fmean(outcome.late for outcome in outcomes),
+        "published_late": None,
+        "kv_mib": None,
+        "kv_mib_by_uellm": None,
+        "step_ms": step_s * 1e3,
+        "is_calibrated": False,
+    }
+
+
 def _targets(rows: Sequence[Row]) -> list[Target]:
     """As the logs ran, on the lengths that show least."""
-    total_s = {
-        (row["lengths"], row["system"]): row["total_s"] for row in rows if row["ends"] == "limit"
-    }
-    lengths = {length for length, _ in total_s}
-    late = max(row["late"] for row in rows if row["system"] == "uelm-all")
-    gains = {
-        name: min(1.0 - total_s[one, "uelm-all"] / total_s[one, name] for one in lengths)
-        for name in ("s3", "morphling")
-    }
+    shown = {(row["lengths"], row["system"]): row for row in rows if row["ends"] == "limit"}
+    lengths = sorted({length for length, _ in shown})
+
+    def gain(measure: str, system: str, baseline: str) -> float:
+        ratios = (shown[one, system][measure] / shown[one, baseline][measure] for one in lengths)
+        return float(1 - max(ratios))
+
+    def in_time(system: str) -> float:
+        return float(1 - max(row["late"] for row in rows if row["system"] == system))
+
+    names = ("adaptive, 4 replicas", "adaptive, 1 replica")
     return [
         *(
-            Target(f"total of uelm-all below {name}'s", LEAST_GAIN, gain, "of it")
-            for name, gain in gains.items()
+            Target(
+                f"total of uelm-all below {base}'s",
+                LEAST_GAIN,
+                gain("total_s", "uelm-all", base),
+                "",
+            )
+            for base in OUR_GAINS
         ),
-        Target("queries of uelm-all within their SLO", 1.0, 1.0 - late, "of all"),
+        *(
+            Target(f"mean of {name} below {base}'s", least, gain("mean_s", name, base), "of it")
+            for name in names
+            for base, least in OUR_GAINS.items()
+        ),
+        *(
+            Target(f"queries of {name} within their SLO", 1.0, in_time(name), "of all")
+            for name in ("uelm-all", *names)
+        ),
     ]
 
 

@@ -18,6 +18,7 @@ class Arrival:
     max_output_tokens: int  # that it may generate
     priority: int = 0
     deadline_s: float | None = None  # its client's patience, from its arrival
+    leaves_s: float | None = None  # its client cancels so long after, without having said it before
 
     def __post_init__(self) -> None:
         assert self.arrival_s >= 0

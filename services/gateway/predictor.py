@@ -12,6 +12,7 @@ used adapters are forgotten.
 finite number of tokens, or that could not be made, becomes the request's own limit.
 """
 
+import contextlib
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -60,14 +61,15 @@ class LengthPredictor:
         """What to expect of this request."""
         try:
             expected, q90 = self._estimator.estimate(adapter_digest, prompt_tokens, max_tokens)
+            tokens = _sane(expected, max_tokens)
+            return Prediction(tokens, max(tokens, _sane(q90, max_tokens)))
         except Exception:  # noqa: BLE001 - no request fails for want of a guess
-            expected = q90 = math.nan
-        tokens = _sane(expected, max_tokens)
-        return Prediction(tokens, max(tokens, _sane(q90, max_tokens)))
+            return Prediction(max_tokens, max_tokens)
 
     def learn(self, adapter_digest: str | None, prompt_tokens: int, output_tokens: int) -> None:
         """Remember how long an answer was that ended by itself or at its limit."""
-        self._estimator.learn(adapter_digest, prompt_tokens, output_tokens)
+        with contextlib.suppress(Exception):  # the answer is complete, whatever becomes of guesses
+            self._estimator.learn(adapter_digest, prompt_tokens, output_tokens)
 
 
 @dataclass(slots=True)

@@ -117,7 +117,7 @@ class Performer:
 
     def _reject(self, decision: Reject, *, now: float) -> None:
         payload = self._payloads.pop(decision.attempt, None)
-        rejected = wire.from_rejection(decision.attempt, decision.reason, decision.retry_after_s)
+        rejected = wire.from_rejection(decision)
         self._gateways.send(decision.gateway_id, SubmitResponse(rejected=rejected))
         self._metrics.rejections.add(1, {"calumma.reason": decision.reason})
         if payload is not None:

@@ -13,7 +13,7 @@ from calumma.scheduler.v1 import scheduler_pb2
 from services.common.errors import Reason, RpcError
 from services.core import events
 from services.core.costs import StepCosts
-from services.core.decisions import Dispatch, RejectReason
+from services.core.decisions import Dispatch, Reject, RejectReason
 from services.core.snapshots import (
     ClusterSnapshot,
     QueueSnapshot,
@@ -124,13 +124,16 @@ def from_dispatch(dispatch: Dispatch) -> scheduler_pb2.RequestPlaced:
     )
 
 
-def from_rejection(
-    attempt: Attempt, reason: RejectReason, retry_after_s: float | None
-) -> scheduler_pb2.RequestRejected:
+def from_rejection(reject: Reject) -> scheduler_pb2.RequestRejected:
     """Why a request will not run, as its client will read it."""
-    text = _REJECTIONS[reason]
-    error = RpcError(Reason(reason), text, stage="queue", retry_after_s=retry_after_s)
-    return scheduler_pb2.RequestRejected(attempt=from_attempt(attempt), error=error.to_proto())
+    text = _REJECTIONS[reject.reason]
+    if reject.limit_tokens is not None:
+        text += f": {reject.limit_tokens} tokens of prompt and output, with this adapter, at most"
+    reason = Reason(reject.reason)
+    error = RpcError(reason, text, stage="queue", retry_after_s=reject.retry_after_s)
+    return scheduler_pb2.RequestRejected(
+        attempt=from_attempt(reject.attempt), error=error.to_proto()
+    )
 
 
 def from_snapshot(

@@ -272,6 +272,7 @@ async def test_a_request_that_no_worker_could_hold_is_rejected(pool: Pool) -> No
     await gateway.submit(work_item("r.1", tokens=20_000))
     error = RpcError.from_proto((await gateway.take("rejected")).error)
     assert error.reason is Reason.REQUEST_TOO_LARGE
+    assert "16384 tokens of prompt and output" in error.message
     assert error.context.retry_after_s is None
 
 

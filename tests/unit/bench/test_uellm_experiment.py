@@ -3,7 +3,7 @@
 import pytest
 
 from bench import uellm
-from bench.uellm import SYSTEMS, execute, make_queries, outcome_of
+from bench.uellm import SYSTEMS, execute, make_queries, outcome_of, serve
 from bench.workload.lengths import Fitted
 
 LENGTHS = Fitted("test", prompt=((0.0, 5), (1.0, 50)), output=((0.0, 5), (1.0, 900)))
@@ -54,3 +54,16 @@ def test_only_the_calibrated_row_is_made_to_match() -> None:
     assert len(fitted) == 4
     assert all(row["total_s"] == pytest.approx(row["published_s"]) for row in fitted)
     assert all(target.holds for target in report.targets)
+
+
+def test_the_default_policy_serves_the_same_queries_by_the_step() -> None:
+    queries = make_queries(LENGTHS, seed=1)
+    one = serve(queries[:1], replicas=1, step_s=0.01)
+    tokens = queries[0].predicted_output_tokens
+    assert one.total_s == pytest.approx(tokens * 0.01 * 6.3 / 6.8, abs=0.03)  # messages, prompt
+    ten = serve([queries[0]] * 10, replicas=1, step_s=0.01)
+    assert ten.total_s == pytest.approx(tokens * 0.01, rel=0.1)
+    four = serve(queries, replicas=4, step_s=0.01)
+    batches = execute(BY_NAME["uelm-all"], queries, ends="longest", step_s=0.01)
+    assert four.mean_completion_s < batches.mean_completion_s
+    assert four.late == 0

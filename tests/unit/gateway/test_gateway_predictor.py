@@ -2,7 +2,9 @@
 
 import math
 import random
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -142,6 +144,34 @@ def test_a_number_that_cannot_be_becomes_the_limit(
     expected: float, q90: float, prediction: Prediction
 ) -> None:
     assert LengthPredictor(Wrong(expected, q90)).predict("a", 10, 500) == prediction
+
+
+@pytest.mark.parametrize("said", [None, 7.0, ("12", "13"), (1.0,), (None, None), (10**400, 1.0)])
+def test_an_estimator_that_answers_nonsense_or_cannot_learn_fails_no_request(said: Any) -> None:
+    class Nonsense(Wrong):
+        def estimate(
+            self, adapter_digest: str | None, prompt_tokens: int, max_tokens: int
+        ) -> tuple[float, float]:
+            return said  # type: ignore[no-any-return]
+
+        def learn(self, adapter_digest: str | None, prompt_tokens: int, output_tokens: int) -> None:
+            raise OSError
+
+    predictor = LengthPredictor(Nonsense(1.0, 1.0))
+    assert predictor.predict("a", 10, 500) == Prediction(500, 500)
+    predictor.learn("a", 10, 20)
+
+
+def test_a_guess_takes_no_time_however_many_adapters_are_known() -> None:
+    """The gateway asks in its event loop."""
+    predictor = LengthPredictor()
+    for number in range(12_000):
+        predictor.learn(str(number), 10, number % 500)
+    began_s = time.perf_counter()
+    for number in range(5000):
+        predictor.predict(str(number), 10, 500)
+        predictor.learn(str(number), 10, 50)
+    assert time.perf_counter() - began_s < 1.0  # usually some 0.02
 
 
 @given(

@@ -13,6 +13,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from services.common.config import load_settings
+from services.core.policies import POLICIES
 from services.core.systems import SYSTEMS
 from services.core.types import Reserve, TenantId
 from services.scheduler.config import SchedulerSettings
@@ -35,7 +36,19 @@ def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
         (["--system", "magic"], "system: Value error, no 'magic'; the systems are: adaptive, "),
         (["--policy-option", "speed=1"], "no option 'speed'; there are: patience, "),
         (["--policy-option", "patience=fast"], "patience=fast: Input should be a valid number"),
-        (["--policy-option", "patience=-1"], "patience=-1: out of bounds"),
+        (["--policy-option", "patience=-1"], "patience must be finite and at least zero"),
+        (["--policy-option", "decode_share=nan"], "decode_share must be finite and at least zero"),
+        (["--policy-option", "passers=-1"], "passers=-1: out of bounds"),
+        (["--policy=chameleon", "--policy-option=slo_s=0"], "slo_s must be positive"),
+        (["--policy=edf", "--policy-option=default_slo_s=0"], "default_slo_s must be positive"),
+        (["--policy=vtc", "--policy-option=output_weight=-2"], "output_weight must be finite and"),
+        (["--policy=slo_odbs", "--policy-option=slo_weight=inf"], "slo_weight must be finite and"),
+        (
+            ["--policy=odbs", "--policy-option=length_weight=0"],
+            "slo_weight_plus_length_weight must be positive",
+        ),
+        (["--policy=static", "--policy-option=cutoffs=5,1"], "cutoffs must rise"),
+        (["--tenants=/nonexistent/tenants.toml"], "/nonexistent/tenants.toml: No such file"),
         (["--policy-option", "patience"], "'patience' must be key=value"),
         (["--reserve", "all"], "reserve: Input should be 'max', 'predicted' or 'quantile'"),
         (["--queue-limit", "0"], "queue_limit: "),
@@ -49,7 +62,35 @@ def test_a_wrong_flag_ends_with_code_2_and_a_line(
     with pytest.raises(SystemExit) as caught:
         load_settings(SchedulerSettings, argv)
     assert caught.value.code == 2
-    assert told in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert told in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, f"{field.name}={value}")
+        for name, kind in POLICIES.items()
+        for field in dataclasses.fields(kind.config())
+        if isinstance(getattr(kind.config(), field.name), float)
+        for value in ("nan", "inf", "-1")
+    ],
+)
+def test_no_option_of_any_policy_may_be_nan_infinite_or_negative(name: str, option: str) -> None:
+    with pytest.raises(ValueError, match=option.partition("=")[0]):
+        SchedulerSettings(policy=name, policy_option=dict([option.split("=")]))
+
+
+def test_a_wrong_option_ends_the_process_with_code_2_and_a_line() -> None:
+    command = [sys.executable, "-m", "services.scheduler", "--policy-option", "patience=nan"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((".", "gen"))}
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.count("\n") == 1
+    assert "patience must be finite and at least zero, not nan" in ended.stderr
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -8,9 +8,9 @@ import pytest
 from calumma.scheduler.v1 import scheduler_pb2
 from services.common.errors import CODES, Reason, RpcError
 from services.core.costs import StepCosts
-from services.core.decisions import Dispatch, RejectReason
+from services.core.decisions import Dispatch, Reject, RejectReason
 from services.core.snapshots import ClusterSnapshot, QueueSnapshot, TenantSnapshot
-from services.core.types import Attempt, RequestId, TenantId, WorkerId
+from services.core.types import Attempt, GatewayId, RequestId, TenantId, WorkerId
 from services.scheduler import wire
 from tests.support.scheduler_peers import digest_of, work_item
 
@@ -114,7 +114,7 @@ def test_a_request_without_a_deadline_stays_without_one() -> None:
 
 @pytest.mark.parametrize("reason", list(RejectReason))
 def test_every_rejection_has_its_place_in_the_table(reason: RejectReason) -> None:
-    rejected = wire.from_rejection(Attempt(RequestId("r.1")), reason, 2.0)
+    rejected = wire.from_rejection(Reject(GatewayId("g"), Attempt(RequestId("r.1")), reason, 2.0))
     error = RpcError.from_proto(rejected.error)
     assert error.reason is Reason(reason)
     assert error.code is CODES[error.reason]
