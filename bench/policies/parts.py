@@ -21,18 +21,18 @@ _PARTS: Final = (
     "chameleon-no-queues",
     "chameleon-lru",
 )
-_PARTS_RPS: Final = (9.0, 10.5)
+_PARTS_RPS: Final = (9.0, 11.5)
 _BLOCKING: Final = replace(
     MAIN, name="loads block 2x", hardware=replace(MAIN.hardware, load_blocking=2.0)
 )
-_SIZES_RPS: Final = 10.5  # past the joint knee: an order shows where there is a queue
+_SIZES_RPS: Final = 11.5  # past the joint knee: an order shows where there is a queue
 # Its queues with all else ours; the system of its name computes prompts whole.
 _QUEUES_ALONE: Final = System("chameleon's queues, our steps", "chameleon")
 _SIZES_SYSTEMS: Final = {
     **{name: SYSTEMS[name] for name in ("slora", "slora-strong", *POLICY_NAMES)},
     _QUEUES_ALONE.name: _QUEUES_ALONE,
 }
-_TIMELINE_RPS: Final = 10.5
+_TIMELINE_RPS: Final = 11.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[str]]]:
     gateway, interceptor = Instruments("model"), interceptors.ServerInterceptor()
     measures.record_step(0.1, tokens=1)
     measures.record_load(0.1, Tier.STORE)
-    measures.show(ReplicaSnapshot(1, 1, 1, 0, 0, 0, (), ()))
+    measures.show(ReplicaSnapshot(1, 1, 1, 0, 0, 0, ()))
     scheduler.observe({"0": 1}, workers=1)
     scheduler.queue_duration.record(0.1)
     for histogram in (gateway._duration, gateway._first, gateway._per_token, gateway._usage):
