@@ -64,8 +64,9 @@ def test_all_get_their_whole_answers_although_memory_is_scarce(name: str, kind: 
 def test_the_adaptive_order_never_costs_much_over_first_come_first_served(
     regime: str, kind: str
 ) -> None:
+    """A tenth, and half of that for the noise of a P99 of three short runs."""
     found_s = mean_p99_s(runs("adaptive", regime, WRONG[kind]))
-    assert found_s <= 1.4 * mean_p99_s(runs("fifo", regime, WRONG[kind]))
+    assert found_s <= 1.15 * mean_p99_s(runs("fifo", regime, WRONG[kind]))
     assert found_s <= 1.1 * mean_p99_s(runs("slora", regime, Oracle()))
 
 

@@ -43,7 +43,7 @@ def test_who_cannot_end_in_time_is_refused_at_once_and_nobody_else_notices() -> 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_nothing_is_computed_after_its_deadline(name: str) -> None:
-    """Lengths are unknown, so some begin; with whoever is not served, all are gone by then."""
+    """Lengths are not known, so some begin. By the last deadline all are gone, and steps end."""
     result = simulate(name, storm(20.0), predictor=Learned())
     assert all(record.outcome in {"deadline", "rejected"} for record in result.requests)
     assert max(record.end_s or 0.0 for record in result.requests) <= STORM_S[1] + DEADLINE_S

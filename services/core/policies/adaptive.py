@@ -2,7 +2,7 @@
 
 Every request is due at
 
-    due = arrival + patience x expected seconds of service - priority x boost       (patience = 8)
+    due = arrival + patience x expected seconds of service - priority x boost       (patience = 4)
 
 and whoever is due first goes first. A small request may be late by little, a large one by much, so
 small ones pass large ones that came a little earlier, and a large one is passed only by those that
@@ -12,8 +12,13 @@ Against Chameleon's queues: the size is seconds by costs that workers measured i
 rank x length; there is one work-conserving order instead of levels with quotas that can idle.
 
 - A deadline pulls the due time forward to the last moment at which the request can start and is
-  expected to end in time. Who cannot even bring out its surest output by then is refused at once
-  rather than run in vain; where lengths are uncertain that is the prompt and one token.
+  expected to end in time. When it is no longer likely to, it goes behind all that are: past
+  capacity, who is due first is who is lost already, and serving them in that order serves nobody.
+  Likely is by the 90th percentile of its length and by how much longer than alone requests have
+  lately run. Who cannot even bring out its surest output is refused at once rather than run in
+  vain; where lengths are uncertain that is the prompt and one token.
+- Service is that of the prompt: predictions of the output order nobody unless `decode_share` says
+  so. They gained a few per cent where they were right and lost more where they were wrong.
 - Tenants: the arrival is a fair one (`services.core.fairness`): who takes more than a weighted
   share while others wait arrives later on paper.
 - A first request that lacks memory may be passed by those behind it that fit, for `drain_s` after
@@ -23,6 +28,7 @@ rank x length; there is one work-conserving order instead of levels with quotas 
   recent requests, learned as they come.
 """
 
+import math
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterator
@@ -39,20 +45,23 @@ from services.core.queues import Outcome, Placer, PoolSize, Refused, Taken, wait
 from services.core.snapshots import QueueSnapshot, WaitCause
 from services.core.tenants import Tenants
 from services.core.timers import Timers
-from services.core.types import Attempt, Request, RequestId
+from services.core.types import Attempt, Request, RequestId, Reserve
 
 _SIZES: Final = ("small", "medium", "large")
 _SIZES_KEPT: Final = 512  # recent requests that the thirds are learned from
+_STRETCH_WEIGHT: Final = 0.05  # of the last request in the mean
+_STRETCH_MAX: Final = 20.0
+_END_S: Final = 1e9  # later than anybody is due
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveConfig:
     """Shape of the order."""
 
-    patience: float = 8.0  # how many times its own service a request may be late
-    decode_share: float = 0.5  # of the seconds that its output takes, counted as its service
+    patience: float = 4.0  # how many times its own service a request may be late
+    decode_share: float = 0.0  # of the seconds that its output takes, counted as its service
     priority_s: float = 10.0  # how much earlier one step of priority makes a request due
-    drain_s: float = 1.0  # how long a request that lacks memory may be passed
+    drain_s: float = 0.3  # how long a request that lacks memory may be passed
     passers: int = 8  # requests behind it that are asked
     refuses_late: bool = True  # refuse who cannot end before its deadline any more
 
@@ -75,6 +84,8 @@ class _Entry:
     stamp: Stamp | None  # of the tenants' clock; only first attempts have one
     cause: WaitCause = "nothing"
     lacking_since_s: float | None = None
+    alone_s: float = 0.0  # from start to end, if it were alone
+    likely_until_s: float = math.inf  # started by then it is likely to end before its deadline
 
 
 class Adaptive:
@@ -94,6 +105,8 @@ class Adaptive:
         self._queue: KeyedQueue[_Entry] = KeyedQueue()
         self._last_starts: Timers[RequestId] = Timers()
         self._sizes = _Thirds()
+        self._running: dict[Attempt, tuple[float, float]] = {}  # started, and `alone_s`
+        self._stretch = 1.0  # how many times as long as alone requests run
         self._settled: int | None = None  # the placer's version at which nobody could go
 
     def __len__(self) -> int:
@@ -111,14 +124,11 @@ class Adaptive:
             stamp = self._clock.arrive(request.tenant_id, service_s, now=now)
             arrived_s += stamp.at_s - now
         due_s = arrived_s + self._config.patience * service_s
-        if request.deadline_s is not None:
-            expected_s = self._run_s(request, request.remaining_output_tokens)
-            due_s = min(due_s, request.deadline_s - expected_s)
-            if self._config.refuses_late:
-                surely_s = self._run_s(request, request.sure_output_tokens)
-                self._last_starts.set(request_id, at_s=request.deadline_s - surely_s)
         least_tokens = request.context_tokens + request.remaining_output_tokens
         entry = _Entry(request, now, self._sizes.place(service_s), least_tokens, stamp)
+        entry.alone_s = self._alone_s(request, request.remaining_output_tokens)
+        if request.deadline_s is not None:
+            due_s = min(due_s, self._watch_deadline(entry, request.deadline_s))
         self._entries[request_id] = self._by_size[entry.size][request_id] = entry
         if self._queue.push(due_s - self._config.priority_s * request.priority, entry):
             self._settled = None
@@ -134,7 +144,7 @@ class Adaptive:
         if late_id is not None:
             self._drop(self._entries[late_id], is_served=False)
             return Refused(late_id, RejectReason.DEADLINE_UNREACHABLE)
-        first = self._queue.first()
+        first = self._first_likely(now)
         if first is None or self._settled == place.version:
             return None
         taken = self._take_first(first, place, now=now)
@@ -153,7 +163,11 @@ class Adaptive:
         return None if self._is_drained_for(first, now) else self._pass(place, now=now)
 
     def release(self, attempt: Attempt, *, now: float) -> None:
-        """It has no quotas."""
+        """Learn how much longer than alone requests run."""
+        started_s, alone_s = self._running.pop(attempt, (now, 0.0))
+        if alone_s > 0.0:
+            stretch = min(_STRETCH_MAX, max(1.0, (now - started_s) / alone_s))
+            self._stretch += _STRETCH_WEIGHT * (stretch - self._stretch)
 
     def resize(self, pool: PoolSize) -> None:
         """So many workers serve the tenants."""
@@ -196,11 +210,32 @@ class Adaptive:
         assert len(self._last_starts) <= len(self._entries)
         assert sum(len(entries) for entries in self._by_size.values()) == len(self._entries)
 
-    def _run_s(self, request: Request, output_tokens: int) -> float:
-        """Seconds from start to end at best: its prompt, then a step of its own per token."""
+    def _alone_s(self, request: Request, output_tokens: int) -> float:
+        """Seconds from start to end alone: its prompt, then a step of its own per token."""
         rank = request.adapter.rank if request.adapter is not None else 0
         prompt_s = self._costs.prompt_s(request.context_tokens, rank)
         return prompt_s + self._costs.step_s * (output_tokens - 1)
+
+    def _watch_deadline(self, entry: _Entry, deadline_s: float) -> float:
+        """When the request must start, as is expected; it is not likely to be in time later on."""
+        request = entry.request
+        if self._config.refuses_late:
+            surely_s = self._alone_s(request, request.sure_output_tokens)
+            self._last_starts.set(request.attempt.request_id, at_s=deadline_s - surely_s)
+        likely_tokens = request.reserved_output_tokens(Reserve.QUANTILE)
+        entry.likely_until_s = deadline_s - self._stretch * self._alone_s(request, likely_tokens)
+        return deadline_s - self._stretch * entry.alone_s
+
+    def _first_likely(self, now: float) -> _Entry | None:
+        """Who is first, after those that are not likely to end in time have gone to the end."""
+        first = self._queue.first()
+        while first is not None and first.likely_until_s < now:
+            first.likely_until_s = math.inf
+            self._queue.remove(first)
+            self._queue.push(_END_S + now, first)
+            self._settled = None
+            first = self._queue.first()
+        return first
 
     def _pass(self, place: Placer, *, now: float) -> Taken | None:
         free_tokens = place.free_tokens
@@ -223,6 +258,7 @@ class Adaptive:
 
     def _go(self, entry: _Entry, *, now: float) -> Taken:
         self._drop(entry, is_served=True)
+        self._running[entry.request.attempt] = now, entry.alone_s
         is_unasked = entry.cause == "nothing" and now > entry.since_s
         return Taken(entry.request, entry.size, "order" if is_unasked else entry.cause)
 

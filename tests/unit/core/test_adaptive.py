@@ -528,3 +528,37 @@ def test_who_may_end_in_time_is_not_refused_for_an_uncertain_length() -> None:
     assert policy.take(pool, now=0.0) is None
     policy.push(request("b", context=2, output=300, output_q90=310, deadline_s=10.0), now=0.0)
     assert policy.take(pool, now=0.0) == Refused(RequestId("b"), RejectReason.DEADLINE_UNREACHABLE)
+
+
+# --- likely and lost -----------------------------------------------------------------------------
+
+
+def test_who_is_not_likely_to_end_in_time_goes_behind_all_that_are() -> None:
+    """Alone `lost` takes 0.2 s + 8 s if it is as long as nine of ten, and has 5 s left."""
+    policy = adaptive(config=replace(SHAPE, refuses_late=False))
+    policy.learn(replace(COSTS, step_s=1.0))
+    policy.push(
+        request("lost", context=2, output=2, output_q90=9, output_max=9, deadline_s=5.0), now=0.0
+    )
+    policy.push(request("free", context=40, output=2, arrived_s=1.0), now=1.0)
+    policy.push(
+        request("fine", context=2, output=2, output_q90=3, output_max=9, deadline_s=9.0), now=1.0
+    )
+    assert drain(policy, Pool(), now=1.0) == ["fine", "free", "lost"]
+    policy.check_integrity()
+
+
+def test_requests_that_run_longer_than_alone_make_later_ones_less_likely() -> None:
+    """A hundred of 1 s that took 4 s each: one of 1 s with 3 s left is behind one without hurry."""
+    policy = adaptive(config=replace(SHAPE, refuses_late=False))
+    policy.learn(replace(COSTS, step_s=1.0, prefill_token_s=0.0))
+    now = 0.0
+    for number in range(100):
+        policy.push(request(f"r{number}", context=2, output=1), now=now)
+        assert drain(policy, Pool(), now=now) == [f"r{number}"]
+        policy.release(request(f"r{number}").attempt, now=now + 4.0)
+        now += 4.0
+    hurried = request("hurried", context=2, output=1, arrived_s=now, deadline_s=now + 3.0)
+    policy.push(hurried, now=now)
+    policy.push(request("plain", context=2, output=1, arrived_s=now), now=now)
+    assert drain(policy, Pool(), now=now) == ["plain", "hurried"]
