@@ -75,7 +75,7 @@ def _measure(policy: str, *, queued: int, rounds: int, cycles: int) -> list[floa
     core = ClusterScheduler(ClusterConfig(queue_limit=2 * queued), build_policy(policy))
     stream = _Stream(core)
     stream.attach()
-    for _ in range(queued):
+    while stream.queued < queued:
         stream.submit()
     rates: list[float] = []
     gc.collect()
@@ -98,6 +98,7 @@ class _Stream:
     def __init__(self, core: ClusterScheduler) -> None:
         self._core = core
         self._count = 0
+        self._ended = 0
         self._now = 0.0
         self._running: deque[tuple[WorkerId, Attempt]] = deque()
         digests = [AdapterDigest(f"sha256:{index:064x}") for index in range(_ADAPTERS)]
@@ -105,6 +106,11 @@ class _Stream:
             Adapter(digest, _RANKS[index % 5], _RANKS[index % 5] * 2**21)
             for index, digest in enumerate(digests)
         ]
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return self._count - self._ended - len(self._running)
 
     def attach(self) -> None:
         """Two workers and a gateway."""
@@ -138,6 +144,7 @@ class _Stream:
     def finish(self) -> None:
         """The request that runs longest ends."""
         worker_id, attempt = self._running.popleft()
+        self._ended += 1
         self._perform(RequestFinished(worker_id, attempt, output_tokens=100))
 
     def _perform(self, event: RequestSubmitted | RequestFinished) -> None:

@@ -21,7 +21,6 @@ Expected of the shell: events of one stream in order, and no WorkerDetached or G
 stream that a newer one has replaced.
 """
 
-from dataclasses import replace
 from itertools import islice
 from typing import assert_never
 
@@ -327,7 +326,7 @@ class ClusterScheduler:
                 case Taken():
                     assert placement.chosen is not None
                     if has_waited_for_worker:
-                        outcome = replace(outcome, waited_for="no_worker")
+                        outcome = outcome._replace(waited_for="no_worker")
                     worker, need = placement.chosen
                     state.dispatch(outcome, worker, need, now=now)
                 case Squashed(attempt):

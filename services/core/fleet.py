@@ -5,7 +5,7 @@ change; each costs a search among the workers.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from services.core.types import AdapterDigest
@@ -64,7 +64,7 @@ class Fleet:
         number = self._numbers.get(id(worker))
         if number is None:
             return
-        count, free_blocks = len(worker.ledger), worker.ledger.free_blocks
+        count, free_blocks = len(worker.placed), worker.ledger.free_blocks
         self.requests += count - self._counts[number]
         self._counts[number] = count
         self._by_load.put(number, (worker.backlog_s, -free_blocks, number))
@@ -95,13 +95,17 @@ class Fleet:
         """Least backlog of prompts first, then most unpromised blocks, then the oldest."""
         return (self.workers[key[2]] for key in self._by_load.keys)
 
-    def expecting(self, digest: AdapterDigest) -> Iterable[Worker]:
+    def is_expected(self, digest: AdapterDigest) -> bool:
+        """True if some worker has an adapter or expects it."""
+        return digest in self._expecting
+
+    def expecting(self, digest: AdapterDigest) -> Collection[Worker]:
         """Workers that have an adapter or expect it."""
         return self._expecting.get(digest, _NOBODY).values()
 
     def check_integrity(self) -> None:
         """Assert that the indexes say what the workers say."""
-        assert self.requests == sum(len(worker.ledger) for worker in self.workers)
+        assert self.requests == sum(len(worker.placed) for worker in self.workers)
         loads = [
             (worker.backlog_s, -worker.ledger.free_blocks, number)
             for number, worker in enumerate(self.workers)

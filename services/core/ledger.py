@@ -13,6 +13,7 @@ one, because that is most of what the paper gains over S-LoRA, which reserves th
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from services.core.types import Adapter, AdapterDigest, Attempt, Capacity, Request, Reserve
 
@@ -27,8 +28,7 @@ class Fit(StrEnum):
     PREFILL = "prefill"  # the worker has prompts enough to compute
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(NamedTuple):
     """What one request asks of a worker, in blocks."""
 
     kv_blocks: int

@@ -89,7 +89,7 @@ class Placement:
     def is_near(self, request: Request) -> bool:
         """True if some worker has its adapter or expects it, or if it has none."""
         adapter = request.adapter
-        return adapter is None or any(True for _ in self.fleet.expecting(adapter.digest))
+        return adapter is None or self.fleet.is_expected(adapter.digest)
 
     def free_in_s(self, request: Request) -> float:
         """Predicted seconds until some worker's memory suffices for it; inf if that is unknown."""
@@ -134,12 +134,14 @@ class Placement:
         """Workers that its adapter makes preferable."""
         if request.adapter is None:
             return ()
-        near = islice(self.fleet.expecting(request.adapter.digest), _NEAR_MAX)
+        near = self.fleet.expecting(request.adapter.digest)
+        if not near:
+            return ()
         limit = self._load_limit()
-        return [worker for worker in near if len(worker.ledger) < limit]
+        return [worker for worker in islice(near, _NEAR_MAX) if len(worker.placed) < limit]
 
     def _least_loaded(self, request: Request) -> Fit:
-        worst = Fit.BATCH_SLOTS
+        worst, free_tokens = Fit.BATCH_SLOTS, self.fleet.most_free_tokens
         for worker in self.fleet.by_load():
             if self.has_enough(worker):  # and so have all behind it
                 return Fit.PREFILL if worst is Fit.BATCH_SLOTS else worst
@@ -148,8 +150,10 @@ class Placement:
             if fit is Fit.FITS:
                 self.chosen = worker, need
                 return fit
-            worst = fit if _HARDNESS[fit] > _HARDNESS[worst] else worst
-            if need.kv_blocks * worker.capacity.block_tokens > self.free_tokens:
+            # Of two reasons the one that says more about the request itself is told.
+            if fit is Fit.ADAPTER or (fit is Fit.MEMORY and worst is not Fit.ADAPTER):
+                worst = fit
+            if need.kv_blocks * worker.capacity.block_tokens > free_tokens:
                 break  # nobody has so much
         return worst
 
@@ -163,7 +167,7 @@ class Placement:
         return need
 
     def _shortest_queue(self, request: Request) -> Fit:
-        worker = min(self.fleet.workers, key=lambda w: len(w.ledger))
+        worker = min(self.fleet.workers, key=lambda w: len(w.placed))
         self.chosen = worker, self.need(request, worker.capacity)
         return Fit.FITS
 
@@ -192,7 +196,7 @@ class Placement:
             if adapter is None:
                 continue
             near = islice(fleet.expecting(adapter.digest), _NEAR_MAX)
-            worker = next((w for w in near if len(w.ledger) < limit), None)
+            worker = next((w for w in near if len(w.placed) < limit), None)
             while worker is None:
                 count, rank = fewest[0]
                 hinted = len(hints[by_load[rank].worker_id])
@@ -208,7 +212,3 @@ class Placement:
 
 def _load(worker: Worker) -> tuple[float, int]:
     return worker.backlog_s, -worker.ledger.free_blocks
-
-
-# Of two reasons at different workers the one that says more about the request itself is told.
-_HARDNESS = {Fit.BATCH_SLOTS: 0, Fit.PREFILL: 1, Fit.MEMORY: 2, Fit.ADAPTER: 3, Fit.FITS: 4}

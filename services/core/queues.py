@@ -14,7 +14,7 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from services.core.costs import StepCosts
 from services.core.decisions import RejectReason
@@ -62,8 +62,7 @@ class PoolSize:
     max_requests: int
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(NamedTuple):
     """This request goes to the worker that the placer chose for it; it was the last one asked."""
 
     request: Request

@@ -29,7 +29,7 @@ rank x length; there is one work-conserving order instead of levels with quotas 
 """
 
 import math
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +48,8 @@ from services.core.timers import Timers
 from services.core.types import Attempt, Request, RequestId, Reserve
 
 _SIZES: Final = ("small", "medium", "large")
-_SIZES_KEPT: Final = 512  # recent requests that the thirds are learned from
+_SIZES_KEPT: Final = 512  # recent requests that the thirds are learned from,
+_SIZES_AGED: Final = 32  # found again after so many
 _STRETCH_WEIGHT: Final = 0.05  # of the last request in the mean
 _STRETCH_MAX: Final = 20.0
 _END_S: Final = 1e9  # later than anybody is due
@@ -62,7 +63,7 @@ class AdaptiveConfig:
     decode_share: float = 0.0  # of the seconds that its output takes, counted as its service
     priority_s: float = 10.0  # how much earlier one step of priority makes a request due
     drain_s: float = 0.3  # how long a request that lacks memory may be passed
-    passers: int = 8  # requests behind it that are asked
+    passers: int = 4  # requests behind it that are asked
     refuses_late: bool = True  # refuse who cannot end before its deadline any more
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ class _Entry:
     since_s: float
     size: str
     least_tokens: int  # of KV cache; more than that if more than the prediction is reserved
+    adapter_tokens: float  # of memory that its adapter takes where it is not in use
     stamp: Stamp | None  # of the tenants' clock; only first attempts have one
     cause: WaitCause = "nothing"
     lacking_since_s: float | None = None
@@ -99,6 +101,7 @@ class Adaptive:
         self._config = config or AdaptiveConfig()
         self._clock = FairClock((tenants or Tenants()).weight)
         self._now = float("-inf")
+        self._token_bytes = math.inf  # of KV cache; adapters weigh nothing while it is not known
         self._costs = StepCosts()
         self._entries: dict[RequestId, _Entry] = {}
         self._by_size: dict[str, dict[RequestId, _Entry]] = {size: {} for size in _SIZES}
@@ -116,17 +119,22 @@ class Adaptive:
         """Queue a request by its due time."""
         self._now = now
         request_id = request.attempt.request_id
-        rank = request.adapter.rank if request.adapter is not None else 0
-        service_s = self._costs.prompt_s(request.context_tokens, rank)
-        service_s += self._config.decode_share * self._costs.decode_s(request)
+        adapter, adapter_tokens, rank = request.adapter, 0.0, 0
+        if adapter is not None:
+            adapter_tokens, rank = adapter.size_bytes / self._token_bytes, adapter.rank
+        prompt_s = self._costs.prompt_s(request.context_tokens, rank)
+        service_s = prompt_s
+        if self._config.decode_share:
+            service_s += self._config.decode_share * self._costs.decode_s(request)
         arrived_s, stamp = request.arrived_s, None
         if request.attempt.number == 1:
             stamp = self._clock.arrive(request.tenant_id, service_s, now=now)
             arrived_s += stamp.at_s - now
         due_s = arrived_s + self._config.patience * service_s
-        least_tokens = request.context_tokens + request.remaining_output_tokens
-        entry = _Entry(request, now, self._sizes.place(service_s), least_tokens, stamp)
-        entry.alone_s = self._alone_s(request, request.remaining_output_tokens)
+        output_tokens = request.remaining_output_tokens
+        least_tokens, size = request.context_tokens + output_tokens, self._sizes.place(service_s)
+        entry = _Entry(request, now, size, least_tokens, adapter_tokens, stamp)
+        entry.alone_s = prompt_s + self._costs.step_s * (output_tokens - 1)
         if request.deadline_s is not None:
             due_s = min(due_s, self._watch_deadline(entry, request.deadline_s))
         self._entries[request_id] = self._by_size[entry.size][request_id] = entry
@@ -152,15 +160,33 @@ class Adaptive:
         return taken
 
     def _take_first(self, first: _Entry, place: Placer, *, now: float) -> Taken | None:
-        fit = place(first.request)
-        if fit is Fit.FITS:
-            return self._go(first, now=now)
-        first.cause = wait_cause(fit)
-        if fit is Fit.BATCH_SLOTS or fit is Fit.PREFILL:
-            return None
-        if first.lacking_since_s is None:
-            first.lacking_since_s = now
+        """The first; while it lacks memory, one that may pass it."""
+        free_tokens = place.free_tokens
+        is_lacking = first.lacking_since_s is not None
+        if not (is_lacking and self._lacks(first, place, free_tokens)):
+            fit = place(first.request)
+            if fit is Fit.FITS:
+                return self._go(first, now=now)
+            first.cause = wait_cause(fit)
+            if fit is Fit.BATCH_SLOTS or fit is Fit.PREFILL:
+                return None
+            if not is_lacking:
+                first.lacking_since_s = now
         return None if self._is_drained_for(first, now) else self._pass(place, now=now)
+
+    def _pass(self, place: Placer, *, now: float) -> Taken | None:
+        free_tokens = place.free_tokens
+        for entry in self._queue.front(1 + self._config.passers)[1:]:
+            if not self._lacks(entry, place, free_tokens):
+                fit = place(entry.request)
+                if fit is Fit.FITS:
+                    return self._go(entry, now=now)
+                entry.cause = wait_cause(fit)
+                if fit is Fit.BATCH_SLOTS or fit is Fit.PREFILL:
+                    return None
+            if self._is_drained_for(entry, now):
+                return None
+        return None
 
     def release(self, attempt: Attempt, *, now: float) -> None:
         """Learn how much longer than alone requests run."""
@@ -172,6 +198,7 @@ class Adaptive:
     def resize(self, pool: PoolSize) -> None:
         """So many workers serve the tenants."""
         self._clock.resize(pool.workers)
+        self._token_bytes = pool.token_bytes
 
     def learn(self, costs: StepCosts) -> None:
         """Sizes of requests to come are taken by these."""
@@ -237,19 +264,16 @@ class Adaptive:
             first = self._queue.first()
         return first
 
-    def _pass(self, place: Placer, *, now: float) -> Taken | None:
-        free_tokens = place.free_tokens
-        for entry in self._queue.front(1 + self._config.passers)[1:]:
-            if entry.least_tokens > free_tokens:
-                entry.cause = "memory"
-            else:
-                fit = place(entry.request)
-                if fit is Fit.FITS:
-                    return self._go(entry, now=now)
-                entry.cause = wait_cause(fit)
-            if entry.lacking_since_s is not None and self._is_drained_for(entry, now):
-                return None
-        return None
+    def _lacks(self, entry: _Entry, place: Placer, free_tokens: int) -> bool:
+        """True if it needs more than any worker has free: most are told without asking them."""
+        spare_tokens = free_tokens - entry.least_tokens
+        if spare_tokens < 0:
+            entry.cause = "memory"
+            return True
+        if entry.adapter_tokens > spare_tokens and not place.is_near(entry.request):
+            entry.cause = "adapter"
+            return True
+        return False
 
     def _is_drained_for(self, entry: _Entry, now: float) -> bool:
         """True if it may be passed no more: it has been first, and lacks memory for long."""
@@ -282,20 +306,21 @@ class Adaptive:
 
 
 class _Thirds:
-    """Splits recent sizes into thirds."""
+    """Splits recent sizes into thirds. They are found again now and then, not for every request."""
 
     def __init__(self) -> None:
         self.cutoffs: tuple[float, float] | tuple[None, None] = (None, None)
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
+        self._recent: deque[float] = deque(maxlen=_SIZES_KEPT)
+        self._due = 1  # requests until then
 
     def place(self, size: float) -> str:
         """Which third a size belongs to; it counts from now on."""
         self._recent.append(size)
-        insort(self._sorted, size)
-        if len(self._recent) > _SIZES_KEPT:
-            oldest = self._recent.popleft()
-            del self._sorted[bisect_right(self._sorted, oldest) - 1]
-        count = len(self._sorted)
-        self.cutoffs = cutoffs = (self._sorted[count // 3], self._sorted[2 * count // 3])
+        self._due -= 1
+        cutoffs = self.cutoffs
+        if cutoffs[0] is None or not self._due:
+            ordered = sorted(self._recent)
+            count = len(ordered)
+            self.cutoffs = cutoffs = (ordered[count // 3], ordered[2 * count // 3])
+            self._due = max(1, min(count // 8, _SIZES_AGED))
         return _SIZES[bisect_right(cutoffs, size)]
