@@ -63,7 +63,7 @@ async def test_a_stream_carries_everything_a_client_may_know(suite: Suite) -> No
     assert done.timings == timings
     assert (done.worker_id, done.seed, done.resubmissions) == ("w1", 11, 0)
     assert done.usage == gateway_pb2.Usage(
-        prompt_tokens=2, output_tokens=2, predicted_output_tokens=9
+        prompt_tokens=2, output_tokens=2, predicted_output_tokens=2
     )
     assert 0 < done.time_to_first_token_s < 10
 
