@@ -8,7 +8,7 @@ from bisect import bisect_left, insort
 from collections.abc import Collection, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from services.core.types import AdapterDigest
+from services.core.types import AdapterDigest, Capacity
 from services.core.workers import Worker
 
 K = TypeVar("K", tuple[float, int, int], tuple[int, int])
@@ -37,6 +37,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.workers: Sequence[Worker] = ()
+        self.capacities: set[Capacity] = set()  # distinct ones
         self._numbers: dict[int, int] = {}  # of a worker, by the object's identity
         self._counts: list[int] = []
         self.requests = 0  # at these workers
@@ -47,6 +48,7 @@ class Fleet:
     def open_to(self, workers: Sequence[Worker]) -> None:
         """These take requests from now on, the oldest first."""
         self.workers = workers
+        self.capacities = {worker.capacity for worker in workers}
         self._numbers = {id(worker): number for number, worker in enumerate(workers)}
         self._counts = [0] * len(workers)
         self.requests = 0

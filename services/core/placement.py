@@ -118,7 +118,7 @@ class Placement:
         if self._config.dispatches_ahead:
             return self._shortest_queue(request)
         best: tuple[Worker, Need] | None = None
-        for worker in self._near(request):
+        for worker in self._near(request) if self._may_fit(request) else ():
             if self.has_enough(worker):
                 continue
             need = self._need_at(worker, request)
@@ -129,6 +129,14 @@ class Placement:
             return self._least_loaded(request)
         self.chosen = best
         return Fit.FITS
+
+    def _may_fit(self, request: Request) -> bool:
+        """False if nobody has so much memory free; only of those that were asked before."""
+        known = self._needs.get(request.attempt.request_id)
+        if known is None or len(self.fleet.capacities) > 1:
+            return True
+        capacity, need = known
+        return need.kv_blocks * capacity.block_tokens <= self.fleet.most_free_tokens
 
     def _near(self, request: Request) -> Sequence[Worker]:
         """Workers that its adapter makes preferable."""

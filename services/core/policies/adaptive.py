@@ -161,17 +161,14 @@ class Adaptive:
 
     def _take_first(self, first: _Entry, place: Placer, *, now: float) -> Taken | None:
         """The first; while it lacks memory, one that may pass it."""
-        free_tokens = place.free_tokens
-        is_lacking = first.lacking_since_s is not None
-        if not (is_lacking and self._lacks(first, place, free_tokens)):
-            fit = place(first.request)
-            if fit is Fit.FITS:
-                return self._go(first, now=now)
-            first.cause = wait_cause(fit)
-            if fit is Fit.BATCH_SLOTS or fit is Fit.PREFILL:
-                return None
-            if not is_lacking:
-                first.lacking_since_s = now
+        fit = place(first.request)
+        if fit is Fit.FITS:
+            return self._go(first, now=now)
+        first.cause = wait_cause(fit)
+        if fit is Fit.BATCH_SLOTS or fit is Fit.PREFILL:
+            return None
+        if first.lacking_since_s is None:
+            first.lacking_since_s = now
         return None if self._is_drained_for(first, now) else self._pass(place, now=now)
 
     def _pass(self, place: Placer, *, now: float) -> Taken | None:
@@ -265,7 +262,11 @@ class Adaptive:
         return first
 
     def _lacks(self, entry: _Entry, place: Placer, free_tokens: int) -> bool:
-        """True if it needs more than any worker has free: most are told without asking them."""
+        """True if it is likely to need more than any worker has free.
+
+        A guess that spares most questions (workers may differ): it may cost a passer its turn, so
+        it is not for the first, who must never wait for a guess.
+        """
         spare_tokens = free_tokens - entry.least_tokens
         if spare_tokens < 0:
             entry.cause = "memory"
