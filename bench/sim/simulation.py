@@ -25,7 +25,7 @@ from services.core.policies import build_policy
 from services.core.systems import System
 from services.core.types import Adapter, Attempt, WorkerId
 
-_SETTLE_S: Final = 1.0  # after the last request, for the reports that are under way
+_SETTLE_S: Final = 1.0  # after the last request and a worker's grace, for reports under way
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,8 @@ class _Run:
         is_complete = self._is_done()
         self._gateway.close()
         if is_complete and scenario.checks_integrity:
-            loop.run(until_s=loop.now + _SETTLE_S, is_done=lambda: False)
+            settled_s = loop.now + scenario.system.cluster.worker_grace_s + _SETTLE_S
+            loop.run(until_s=settled_s, is_done=lambda: False)
             self._check_empty()
         return self._result(end_s)
 
