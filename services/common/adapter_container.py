@@ -7,7 +7,12 @@ Owns the byte layout that the adapter store writes and the worker reads. A blob 
 The payload begins at a multiple of 256 bytes and is layer-major: for each layer, for each module,
 the rows of A `[rank, in_features]` and then the rows of Bᵀ `[rank, out_features]`. Each rank is one
 row in both, so adapters of different ranks stack without padding and a layer is one contiguous
-range with a digest of its own.
+range with a digest of its own. In front of layer 0 come the rows of the embedding, as layer -1, and
+behind the last layer those of the output head, as the layer after it: the order of a forward pass.
+
+An adapter's digest is the SHA-256 of what precedes the payload. That holds the SHA-256 of every
+layer, so it stands for all bytes, and each layer can be trusted as soon as it is there:
+`BlobVerifier` says how far a blob that is still arriving may be used.
 
 `scale` stays in the header instead of being folded into B: B keeps the published bits, and the
 worker folds in its own dtype. The blob is a pure function of weights and scales, so equal adapters
@@ -25,6 +30,9 @@ from typing import Any, Final
 MAGIC: Final = b"CALUMMA1"
 ALIGNMENT: Final = 256
 HEADER_BYTES_MAX: Final = 10 * 2**20  # the largest header that a reader accepts
+EMBEDDING: Final = "embed_tokens"
+EMBEDDING_LAYER: Final = -1  # where the rows of the embedding lie
+HEAD: Final = "lm_head"  # its rows lie in the layer after the model's last one
 DTYPE_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
 _PREFIX = struct.Struct("<8sI")
 
@@ -35,10 +43,13 @@ class ContainerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ModuleEntry:
-    """One linear layer's LoRA pair. `offset`: bytes from the payload's start to the rows of A."""
+    """One linear layer's LoRA pair. `offset`: bytes from the payload's start to the rows of A.
+
+    `in_features` of the embedding is the vocabulary, of which a token takes one column of A.
+    """
 
     layer: int
-    module: str  # "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    module: str  # "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", …
     rank: int
     scale: float
     in_features: int
@@ -80,6 +91,16 @@ class ContainerHeader:
     @property
     def total_bytes(self) -> int:
         return self.payload_offset + self.payload_bytes
+
+    def layers_within(self, blob_bytes: int, *, num_layers: int) -> int:
+        """How many layers of a model of `num_layers` the first `blob_bytes` have all rows for.
+
+        All of them are not enough for the output: the head's rows may be missing.
+        """
+        for chunk in self.layers:
+            if self.payload_offset + chunk.offset + chunk.size_bytes > blob_bytes:
+                return min(max(0, chunk.layer), num_layers)
+        return num_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +184,89 @@ def header_size(front: bytes | bytearray | memoryview) -> int:
 
 
 def digest_of(blob: bytes | bytearray | memoryview) -> str:
-    """Identity of an adapter: "sha256:" and 64 hex digits over the whole blob."""
-    return f"sha256:{hashlib.sha256(blob).hexdigest()}"
+    """Identity of an adapter: "sha256:" and 64 hex digits. Raises ContainerError.
+
+    Of what precedes the payload; that the payload is the one it speaks of is `verify`'s matter.
+    """
+    front = blob[: _aligned(_PREFIX.size + header_size(blob))]
+    return f"sha256:{hashlib.sha256(front).hexdigest()}"
+
+
+def verify(blob: bytes | bytearray | memoryview, digest: str) -> ContainerHeader:
+    """Check a whole blob. Raises ContainerError."""
+    verifier = BlobVerifier(digest)
+    verifier.feed(blob)
+    if verifier.header is None or not verifier.is_complete:
+        raise ContainerError(f"the blob ends after {len(blob)} bytes")
+    return verifier.header
+
+
+class BlobVerifier:
+    """Checks a blob while it arrives: the front against the digest, each layer against the front.
+
+    Fed with consecutive parts of any size. Nothing past `verified_bytes` may be used or handed on.
+    """
+
+    def __init__(self, digest: str) -> None:
+        self.header: ContainerHeader | None = None  # once the front is here and right
+        self.verified_bytes = 0
+        self._digest = digest
+        self._front = bytearray()
+        self._fed_bytes = 0
+        self._layer = 0  # index of the layer that is coming
+        self._hash = hashlib.sha256()
+
+    @property
+    def is_complete(self) -> bool:
+        """True once all of it is here and right."""
+        return self.header is not None and self.verified_bytes == self.header.total_bytes
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Take the next part. Raises ContainerError at the first thing that is wrong."""
+        view = memoryview(data)
+        if self.header is None:
+            view = self._feed_front(view)
+        if self.header is not None and view:
+            self._feed_payload(self.header, view)
+
+    def _feed_front(self, view: memoryview) -> memoryview:
+        """Take what belongs to the front; return the rest."""
+        while len(self._front) < (wanted_bytes := self._front_bytes()):
+            taken = view[: wanted_bytes - len(self._front)]
+            if not taken:
+                return view
+            self._front += taken
+            view = view[len(taken) :]
+        digest = f"sha256:{hashlib.sha256(self._front).hexdigest()}"
+        if digest != self._digest:
+            raise ContainerError(f"the header has the digest {digest}, not {self._digest}")
+        self.header = read_header(self._front)
+        self.verified_bytes = self._fed_bytes = len(self._front)
+        self._front = bytearray()
+        return view
+
+    def _front_bytes(self) -> int:
+        """What must be here to go on: the prefix, then all that precedes the payload."""
+        if len(self._front) < _PREFIX.size:
+            return _PREFIX.size
+        return _aligned(_PREFIX.size + header_size(self._front))
+
+    def _feed_payload(self, header: ContainerHeader, view: memoryview) -> None:
+        while view:
+            if self._layer == len(header.layers):
+                raise ContainerError("there are bytes behind the last layer")
+            chunk = header.layers[self._layer]
+            end = header.payload_offset + chunk.offset + chunk.size_bytes
+            taken = view[: end - self._fed_bytes]
+            self._hash.update(taken)
+            self._fed_bytes += len(taken)
+            view = view[len(taken) :]
+            if self._fed_bytes == end:
+                if self._hash.hexdigest() != chunk.sha256:
+                    raise ContainerError(f"layer {chunk.layer} does not have its digest")
+                self.verified_bytes = end
+                self._layer += 1
+                self._hash = hashlib.sha256()
 
 
 def _aligned(size: int) -> int:
@@ -217,7 +319,7 @@ def _is_entry(entry: ModuleEntry) -> bool:
     return (
         all(type(number) is int for number in (*counts, entry.layer, entry.offset))
         and min(counts) >= 1
-        and entry.layer >= 0
+        and entry.layer >= EMBEDDING_LAYER
         and type(entry.module) is str
         and type(entry.scale) in (int, float)
         and math.isfinite(entry.scale)

@@ -134,11 +134,17 @@ class ExpireRequest:
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """Compute the next `tokens` known tokens of a request; the last one samples if `samples`."""
+    """Compute the next `tokens` known tokens of a request; the last one samples if `samples`.
+
+    With `until_layer` only so many layers of them are computed, because the rows of its adapter
+    for the others have not come. The same tokens come again, from that layer on, until one such
+    work has no `until_layer`; only then do they count as computed.
+    """
 
     request_id: RequestId
     tokens: int
     samples: bool
+    until_layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

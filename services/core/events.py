@@ -160,6 +160,14 @@ class LoadFailure(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterProgressed:
+    """Of an adapter that is being loaded the rows of the first `layers` layers can be used."""
+
+    digest: AdapterDigest
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterLoaded:
     """The adapter is in device memory."""
 
@@ -204,6 +212,7 @@ class StepFinished:
 ReplicaEvent = (
     RequestDispatched
     | RequestAborted
+    | AdapterProgressed
     | AdapterLoaded
     | AdapterLoadFailed
     | AdaptersWanted

@@ -35,6 +35,7 @@ from services.core.decisions import EndRequest, ExpireRequest, FailRequest, Repl
 from services.core.events import (
     AdapterLoaded,
     AdapterLoadFailed,
+    AdapterProgressed,
     AdaptersWanted,
     HostCacheChanged,
     LoadFailure,
@@ -87,6 +88,8 @@ class ReplicaScheduler:
                 self._on_dispatched(request, now=now)
             case RequestAborted(attempt):
                 self._leave(attempt, EndRequest(attempt), now=now)
+            case AdapterProgressed():
+                pass
             case AdapterLoaded(digest):
                 self._on_loaded(digest, now=now)
             case AdapterLoadFailed():

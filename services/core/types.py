@@ -94,6 +94,8 @@ class Capacity:
     block_tokens: int
     max_requests: int
     max_context_tokens: int
+    # Layers of the model, where steps can compute some of them (see `StepWork.until_layer`).
+    num_layers: int = 0
 
     @property
     def token_bytes(self) -> float:

@@ -41,6 +41,7 @@ INFO = EngineInfo(
     pool_blocks=4096,
     block_tokens=8,
     block_bytes=8 * KV_BYTES_PER_TOKEN,
+    num_layers=4,
 )
 QUICK = dataclasses.replace(
     PROFILES["a40-llama-7b"],

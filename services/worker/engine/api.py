@@ -58,10 +58,16 @@ class SequenceSpec:
 
 @dataclass(frozen=True, slots=True)
 class StepItem:
-    """Compute the next `num_tokens` known tokens; a token is drawn when that reaches the end."""
+    """Compute the next `num_tokens` known tokens; a token is drawn when that reaches the end.
+
+    With `until_layer` they pass the layers below it only, those that their sequence's adapter has
+    (see `Engine.extend_adapter`); nothing is drawn, and the next item of the sequence has the same
+    tokens and goes on from there. Without it they pass all layers that are left.
+    """
 
     sequence_id: str
     num_tokens: int
+    until_layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,7 @@ class EngineInfo:
     pool_blocks: int
     block_tokens: int
     block_bytes: int
+    num_layers: int
 
 
 @dataclass(frozen=True, slots=True)

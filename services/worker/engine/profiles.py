@@ -41,6 +41,7 @@ class HardwareProfile:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_context_tokens: int
+    num_layers: int
     kv_bytes_per_token: int
     memory_bytes: int
     fixed_ms: float
@@ -117,6 +118,7 @@ _A40 = HardwareProfile(
     vocab_size=32_000,
     eos_token_ids=(2,),
     max_context_tokens=4096,
+    num_layers=32,
     kv_bytes_per_token=_LLAMA_7B_KV_BYTES,
     memory_bytes=60_000 * _LLAMA_7B_KV_BYTES,
     fixed_ms=6.0,
@@ -161,6 +163,7 @@ PROFILES: Final = {
             vocab_size=49_152,
             eos_token_ids=(2,),
             max_context_tokens=2048,
+            num_layers=30,
             kv_bytes_per_token=_SMOLLM2_KV_BYTES,
             memory_bytes=2 * 2**30,
             fixed_ms=5.4,

@@ -212,6 +212,7 @@ def _describe(
         pool_blocks=memory_bytes // block_bytes,
         block_tokens=settings.block_tokens,
         block_bytes=block_bytes,
+        num_layers=config.num_layers,
     )
 
 

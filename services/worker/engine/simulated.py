@@ -175,6 +175,7 @@ def _describe(settings: EngineSettings, profile: HardwareProfile) -> EngineInfo:
         pool_blocks=(settings.memory_bytes or profile.memory_bytes) // block_bytes,
         block_tokens=settings.block_tokens,
         block_bytes=block_bytes,
+        num_layers=profile.num_layers,
     )
 
 

@@ -70,10 +70,30 @@ class AdapterStoreServiceStub:
                 request_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetAliasRequest.SerializeToString,
                 response_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetAliasResponse.FromString,
                 _registered_method=True)
+        self.RollbackAlias = channel.unary_unary(
+                '/calumma.adapter_store.v1.AdapterStoreService/RollbackAlias',
+                request_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.RollbackAliasRequest.SerializeToString,
+                response_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.RollbackAliasResponse.FromString,
+                _registered_method=True)
         self.DeleteAlias = channel.unary_unary(
                 '/calumma.adapter_store.v1.AdapterStoreService/DeleteAlias',
                 request_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasRequest.SerializeToString,
                 response_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.SetVisibility = channel.unary_unary(
+                '/calumma.adapter_store.v1.AdapterStoreService/SetVisibility',
+                request_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetVisibilityRequest.SerializeToString,
+                response_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetVisibilityResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/calumma.adapter_store.v1.AdapterStoreService/Pin',
+                request_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.PinRequest.SerializeToString,
+                response_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/calumma.adapter_store.v1.AdapterStoreService/Unpin',
+                request_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UnpinResponse.FromString,
                 _registered_method=True)
 
 
@@ -103,7 +123,8 @@ class AdapterStoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Sends every adapter, then `synced`, then each change as it happens.
+        """Sends every adapter, or with a resume_token every one that has changed since, then `synced`, then each change as it
+        happens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,13 +145,40 @@ class AdapterStoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Points an alias at a version, atomically.
+        """Points an alias at a version, or a part of its requests, atomically.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackAlias(self, request, context):
+        """Ends the alias's canary if it has one; else points it at the version that it had before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAlias(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetVisibility(self, request, context):
+        """Says which tenants may use an adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Keeps an adapter in the device memory of every worker, as far as their pin quota goes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,10 +222,30 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     request_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetAliasRequest.FromString,
                     response_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetAliasResponse.SerializeToString,
             ),
+            'RollbackAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackAlias,
+                    request_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.RollbackAliasRequest.FromString,
+                    response_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.RollbackAliasResponse.SerializeToString,
+            ),
             'DeleteAlias': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAlias,
                     request_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasRequest.FromString,
                     response_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'SetVisibility': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetVisibility,
+                    request_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetVisibilityRequest.FromString,
+                    response_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetVisibilityResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.PinRequest.FromString,
+                    response_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UnpinRequest.FromString,
+                    response_serializer=calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UnpinResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -381,6 +449,33 @@ class AdapterStoreService:
             _registered_method=True)
 
     @staticmethod
+    def RollbackAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/calumma.adapter_store.v1.AdapterStoreService/RollbackAlias',
+            calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.RollbackAliasRequest.SerializeToString,
+            calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.RollbackAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DeleteAlias(request,
             target,
             options=(),
@@ -397,6 +492,87 @@ class AdapterStoreService:
             '/calumma.adapter_store.v1.AdapterStoreService/DeleteAlias',
             calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasRequest.SerializeToString,
             calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetVisibility(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/calumma.adapter_store.v1.AdapterStoreService/SetVisibility',
+            calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetVisibilityRequest.SerializeToString,
+            calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetVisibilityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/calumma.adapter_store.v1.AdapterStoreService/Pin',
+            calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.PinRequest.SerializeToString,
+            calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/calumma.adapter_store.v1.AdapterStoreService/Unpin',
+            calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UnpinRequest.SerializeToString,
+            calumma_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UnpinResponse.FromString,
             options,
             channel_credentials,
             insecure,

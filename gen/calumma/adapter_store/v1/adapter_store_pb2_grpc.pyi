@@ -41,14 +41,23 @@ class AdapterStoreServiceStub:
     """Resolves a reference to one version."""
     List: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.ListRequest, _adapter_store_pb2.ListResponse]
     Watch: _grpc.UnaryStreamMultiCallable[_adapter_store_pb2.WatchRequest, _adapter_store_pb2.WatchResponse]
-    """Sends every adapter, then `synced`, then each change as it happens."""
+    """Sends every adapter, or with a resume_token every one that has changed since, then `synced`, then each change as it
+    happens.
+    """
     Download: _grpc.UnaryStreamMultiCallable[_adapter_store_pb2.DownloadRequest, _adapter_store_pb2.DownloadResponse]
     """Streams the worker-ready blob of a digest, from an offset on."""
     Delete: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.DeleteRequest, _adapter_store_pb2.DeleteResponse]
     """Deletes a version, or the adapter with all its versions and aliases."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.SetAliasRequest, _adapter_store_pb2.SetAliasResponse]
-    """Points an alias at a version, atomically."""
+    """Points an alias at a version, or a part of its requests, atomically."""
+    RollbackAlias: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.RollbackAliasRequest, _adapter_store_pb2.RollbackAliasResponse]
+    """Ends the alias's canary if it has one; else points it at the version that it had before."""
     DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.DeleteAliasRequest, _adapter_store_pb2.DeleteAliasResponse]
+    SetVisibility: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.SetVisibilityRequest, _adapter_store_pb2.SetVisibilityResponse]
+    """Says which tenants may use an adapter."""
+    Pin: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.PinRequest, _adapter_store_pb2.PinResponse]
+    """Keeps an adapter in the device memory of every worker, as far as their pin quota goes."""
+    Unpin: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.UnpinRequest, _adapter_store_pb2.UnpinResponse]
 
 @_typing.type_check_only
 class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
@@ -63,14 +72,23 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """Resolves a reference to one version."""
     List: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.ListRequest, _adapter_store_pb2.ListResponse]  # type: ignore[assignment]
     Watch: _aio.UnaryStreamMultiCallable[_adapter_store_pb2.WatchRequest, _adapter_store_pb2.WatchResponse]  # type: ignore[assignment]
-    """Sends every adapter, then `synced`, then each change as it happens."""
+    """Sends every adapter, or with a resume_token every one that has changed since, then `synced`, then each change as it
+    happens.
+    """
     Download: _aio.UnaryStreamMultiCallable[_adapter_store_pb2.DownloadRequest, _adapter_store_pb2.DownloadResponse]  # type: ignore[assignment]
     """Streams the worker-ready blob of a digest, from an offset on."""
     Delete: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.DeleteRequest, _adapter_store_pb2.DeleteResponse]  # type: ignore[assignment]
     """Deletes a version, or the adapter with all its versions and aliases."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.SetAliasRequest, _adapter_store_pb2.SetAliasResponse]  # type: ignore[assignment]
-    """Points an alias at a version, atomically."""
+    """Points an alias at a version, or a part of its requests, atomically."""
+    RollbackAlias: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.RollbackAliasRequest, _adapter_store_pb2.RollbackAliasResponse]  # type: ignore[assignment]
+    """Ends the alias's canary if it has one; else points it at the version that it had before."""
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.DeleteAliasRequest, _adapter_store_pb2.DeleteAliasResponse]  # type: ignore[assignment]
+    SetVisibility: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.SetVisibilityRequest, _adapter_store_pb2.SetVisibilityResponse]  # type: ignore[assignment]
+    """Says which tenants may use an adapter."""
+    Pin: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.PinRequest, _adapter_store_pb2.PinResponse]  # type: ignore[assignment]
+    """Keeps an adapter in the device memory of every worker, as far as their pin quota goes."""
+    Unpin: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.UnpinRequest, _adapter_store_pb2.UnpinResponse]  # type: ignore[assignment]
 
 class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
     """Publishes, names, finds and streams adapters. All state is in object storage."""
@@ -106,7 +124,9 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_store_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_store_pb2.WatchResponse], _abc.AsyncIterator[_adapter_store_pb2.WatchResponse]]:
-        """Sends every adapter, then `synced`, then each change as it happens."""
+        """Sends every adapter, or with a resume_token every one that has changed since, then `synced`, then each change as it
+        happens.
+        """
 
     @_abc_1.abstractmethod
     def Download(
@@ -130,7 +150,15 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_store_pb2.SetAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_store_pb2.SetAliasResponse, _abc.Awaitable[_adapter_store_pb2.SetAliasResponse]]:
-        """Points an alias at a version, atomically."""
+        """Points an alias at a version, or a part of its requests, atomically."""
+
+    @_abc_1.abstractmethod
+    def RollbackAlias(
+        self,
+        request: _adapter_store_pb2.RollbackAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.RollbackAliasResponse, _abc.Awaitable[_adapter_store_pb2.RollbackAliasResponse]]:
+        """Ends the alias's canary if it has one; else points it at the version that it had before."""
 
     @_abc_1.abstractmethod
     def DeleteAlias(
@@ -138,5 +166,28 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_store_pb2.DeleteAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_store_pb2.DeleteAliasResponse, _abc.Awaitable[_adapter_store_pb2.DeleteAliasResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SetVisibility(
+        self,
+        request: _adapter_store_pb2.SetVisibilityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.SetVisibilityResponse, _abc.Awaitable[_adapter_store_pb2.SetVisibilityResponse]]:
+        """Says which tenants may use an adapter."""
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _adapter_store_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.PinResponse, _abc.Awaitable[_adapter_store_pb2.PinResponse]]:
+        """Keeps an adapter in the device memory of every worker, as far as their pin quota goes."""
+
+    @_abc_1.abstractmethod
+    def Unpin(
+        self,
+        request: _adapter_store_pb2.UnpinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.UnpinResponse, _abc.Awaitable[_adapter_store_pb2.UnpinResponse]]: ...
 
 def add_AdapterStoreServiceServicer_to_server(servicer: AdapterStoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -434,6 +434,7 @@ class AttachRequest(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     PREFILLED_FIELD_NUMBER: _builtins.int
+    HOST_CACHE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___WorkerHello: ...
     @_builtins.property
@@ -444,6 +445,8 @@ class AttachRequest(_message.Message):
     def finished(self) -> Global___RequestFinished: ...
     @_builtins.property
     def prefilled(self) -> Global___RequestPrefilled: ...
+    @_builtins.property
+    def host_cache(self) -> Global___HostCache: ...
     def __init__(
         self,
         *,
@@ -452,12 +455,13 @@ class AttachRequest(_message.Message):
         started: Global___RequestStarted | None = ...,
         finished: Global___RequestFinished | None = ...,
         prefilled: Global___RequestPrefilled | None = ...,
+        host_cache: Global___HostCache | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "hello", b"hello", "message", b"message", "prefilled", b"prefilled", "started", b"started", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "hello", b"hello", "host_cache", b"host_cache", "message", b"message", "prefilled", b"prefilled", "started", b"started", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "hello", b"hello", "message", b"message", "prefilled", b"prefilled", "started", b"started", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "hello", b"hello", "host_cache", b"host_cache", "message", b"message", "prefilled", b"prefilled", "started", b"started", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "status", "started", "finished", "prefilled"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "status", "started", "finished", "prefilled", "host_cache"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -475,6 +479,7 @@ class WorkerHello(_message.Message):
     CAPACITY_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    HOST_CACHE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique per worker process."""
     address: _builtins.str
@@ -489,6 +494,8 @@ class WorkerHello(_message.Message):
 
     @_builtins.property
     def status(self) -> Global___WorkerStatus: ...
+    @_builtins.property
+    def host_cache(self) -> Global___HostCache: ...
     def __init__(
         self,
         *,
@@ -498,14 +505,59 @@ class WorkerHello(_message.Message):
         capacity: Global___WorkerCapacity | None = ...,
         running: _abc.Iterable[Global___RunningRequest] | None = ...,
         status: Global___WorkerStatus | None = ...,
+        host_cache: Global___HostCache | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "host_cache", b"host_cache", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base_model_digest", b"base_model_digest", "capacity", b"capacity", "running", b"running", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base_model_digest", b"base_model_digest", "capacity", b"capacity", "host_cache", b"host_cache", "running", b"running", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerHello: _TypeAlias = WorkerHello  # noqa: Y015
+
+@_typing.final
+class HostCache(_message.Message):
+    """Everything in a worker's host memory. Sent when it has changed, at most once a second."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostAdapter]: ...
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___HostAdapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostCache: _TypeAlias = HostCache  # noqa: Y015
+
+@_typing.final
+class HostAdapter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostAdapter: _TypeAlias = HostAdapter  # noqa: Y015
 
 @_typing.final
 class WorkerCapacity(_message.Message):
@@ -687,20 +739,27 @@ class ResidentAdapter(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     USERS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    PIN_REASON_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     blocks: _builtins.int
     users: _builtins.int
     """Running requests that use it."""
+    size_bytes: _builtins.int
+    pin_reason: _builtins.str
+    """Why it is pinned. Empty: it is not."""
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
         blocks: _builtins.int = ...,
         users: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        pin_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "digest", b"digest", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "digest", b"digest", "pin_reason", b"pin_reason", "size_bytes", b"size_bytes", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -784,6 +843,7 @@ class AttachResponse(_message.Message):
     DISPATCH_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     PREFETCH_FIELD_NUMBER: _builtins.int
+    DROP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___AttachWelcome: ...
     @_builtins.property
@@ -792,6 +852,8 @@ class AttachResponse(_message.Message):
     def abort(self) -> Global___AbortRequest: ...
     @_builtins.property
     def prefetch(self) -> Global___PrefetchAdapters: ...
+    @_builtins.property
+    def drop(self) -> Global___DropAdapter: ...
     def __init__(
         self,
         *,
@@ -799,12 +861,13 @@ class AttachResponse(_message.Message):
         dispatch: Global___DispatchBatch | None = ...,
         abort: Global___AbortRequest | None = ...,
         prefetch: Global___PrefetchAdapters | None = ...,
+        drop: Global___DropAdapter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "dispatch", b"dispatch", "message", b"message", "prefetch", b"prefetch", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "dispatch", b"dispatch", "drop", b"drop", "message", b"message", "prefetch", b"prefetch", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "dispatch", b"dispatch", "message", b"message", "prefetch", b"prefetch", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "dispatch", b"dispatch", "drop", b"drop", "message", b"message", "prefetch", b"prefetch", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "dispatch", "abort", "prefetch"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "dispatch", "abort", "prefetch", "drop"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -871,6 +934,29 @@ class AbortRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortRequest: _TypeAlias = AbortRequest  # noqa: Y015
+
+@_typing.final
+class DropAdapter(_message.Message):
+    """Take the adapter out of device and host memory as soon as nobody here uses it. Its absence from the next reports is the
+    confirmation.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropAdapter: _TypeAlias = DropAdapter  # noqa: Y015
 
 @_typing.final
 class PrefetchAdapters(_message.Message):
@@ -1048,6 +1134,7 @@ class WorkerState(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     DISPATCHED_REQUESTS_FIELD_NUMBER: _builtins.int
     ATTACHED_FIELD_NUMBER: _builtins.int
+    HOST_CACHE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     address: _builtins.str
     dispatched_requests: _builtins.int
@@ -1057,6 +1144,8 @@ class WorkerState(_message.Message):
     def capacity(self) -> Global___WorkerCapacity: ...
     @_builtins.property
     def status(self) -> Global___WorkerStatus: ...
+    @_builtins.property
+    def host_cache(self) -> Global___HostCache: ...
     def __init__(
         self,
         *,
@@ -1066,14 +1155,172 @@ class WorkerState(_message.Message):
         status: Global___WorkerStatus | None = ...,
         dispatched_requests: _builtins.int = ...,
         attached: _builtins.bool = ...,
+        host_cache: Global___HostCache | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "host_cache", b"host_cache", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attached", b"attached", "capacity", b"capacity", "dispatched_requests", b"dispatched_requests", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attached", b"attached", "capacity", b"capacity", "dispatched_requests", b"dispatched_requests", "host_cache", b"host_cache", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
+
+@_typing.final
+class WatchResidencyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchResidencyRequest: _TypeAlias = WatchResidencyRequest  # noqa: Y015
+
+@_typing.final
+class WatchResidencyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerResidency]:
+        """The first message has all workers; a later one those that have changed."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___WorkerResidency] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchResidencyResponse: _TypeAlias = WatchResidencyResponse  # noqa: Y015
+
+@_typing.final
+class WorkerResidency(_message.Message):
+    """All that one worker holds, each time whole."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ATTACHED_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    attached: _builtins.bool
+    """False: it has left, and holds nothing as far as is known."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterResidency]: ...
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        attached: _builtins.bool = ...,
+        adapters: _abc.Iterable[Global___AdapterResidency] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "attached", b"attached", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerResidency: _TypeAlias = WorkerResidency  # noqa: Y015
+
+@_typing.final
+class AdapterResidency(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    USERS_FIELD_NUMBER: _builtins.int
+    PIN_REASON_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    tier: _common_pb2.AdapterTier.ValueType
+    """The nearest tier: device or host."""
+    size_bytes: _builtins.int
+    users: _builtins.int
+    """Running requests that use it."""
+    pin_reason: _builtins.str
+    """Why it is pinned. Empty: it is not."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        tier: _common_pb2.AdapterTier.ValueType = ...,
+        size_bytes: _builtins.int = ...,
+        users: _builtins.int = ...,
+        pin_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "pin_reason", b"pin_reason", "size_bytes", b"size_bytes", "tier", b"tier", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterResidency: _TypeAlias = AdapterResidency  # noqa: Y015
+
+@_typing.final
+class UnloadAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """How long to wait for its users. Absent: 30 s."""
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        grace: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "grace", b"grace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadAdapterRequest: _TypeAlias = UnloadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnloadAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    UNLOADED_WORKERS_FIELD_NUMBER: _builtins.int
+    HOLDING_WORKERS_FIELD_NUMBER: _builtins.int
+    freed_bytes: _builtins.int
+    """Bytes that were freed, device and host memory of all workers together."""
+    @_builtins.property
+    def unloaded_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Workers that held it and do not any more."""
+
+    @_builtins.property
+    def holding_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Workers that still held it at the end, because of requests that use it."""
+
+    def __init__(
+        self,
+        *,
+        freed_bytes: _builtins.int = ...,
+        unloaded_workers: _abc.Iterable[_builtins.str] | None = ...,
+        holding_workers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "holding_workers", b"holding_workers", "unloaded_workers", b"unloaded_workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadAdapterResponse: _TypeAlias = UnloadAdapterResponse  # noqa: Y015
 
 @_typing.final
 class QueuedRequest(_message.Message):

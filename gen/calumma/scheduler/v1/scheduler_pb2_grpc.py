@@ -50,6 +50,16 @@ class SchedulerServiceStub:
                 request_serializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStateRequest.SerializeToString,
                 response_deserializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStateResponse.FromString,
                 _registered_method=True)
+        self.WatchResidency = channel.unary_stream(
+                '/calumma.scheduler.v1.SchedulerService/WatchResidency',
+                request_serializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.WatchResidencyRequest.SerializeToString,
+                response_deserializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.WatchResidencyResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/calumma.scheduler.v1.SchedulerService/UnloadAdapter',
+                request_serializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServiceServicer:
@@ -78,6 +88,21 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchResidency(self, request, context):
+        """Where every adapter is: all workers at once, then each worker again when what it holds has changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Takes an adapter out of every worker's memory once nobody uses it, and returns when they have confirmed it or the
+        grace period is over. It is loaded again for whoever asks for it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +120,16 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.GetState,
                     request_deserializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStateRequest.FromString,
                     response_serializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStateResponse.SerializeToString,
+            ),
+            'WatchResidency': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchResidency,
+                    request_deserializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.WatchResidencyRequest.FromString,
+                    response_serializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.WatchResidencyResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.UnloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +214,60 @@ class SchedulerService:
             '/calumma.scheduler.v1.SchedulerService/GetState',
             calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStateRequest.SerializeToString,
             calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.GetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchResidency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/calumma.scheduler.v1.SchedulerService/WatchResidency',
+            calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.WatchResidencyRequest.SerializeToString,
+            calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.WatchResidencyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/calumma.scheduler.v1.SchedulerService/UnloadAdapter',
+            calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.UnloadAdapterRequest.SerializeToString,
+            calumma_dot_scheduler_dot_v1_dot_scheduler__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,12 @@ class SchedulerServiceStub:
     """
     GetState: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetStateRequest, _scheduler_pb2.GetStateResponse]
     """What is queued and running, and why it waits."""
+    WatchResidency: _grpc.UnaryStreamMultiCallable[_scheduler_pb2.WatchResidencyRequest, _scheduler_pb2.WatchResidencyResponse]
+    """Where every adapter is: all workers at once, then each worker again when what it holds has changed."""
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.UnloadAdapterRequest, _scheduler_pb2.UnloadAdapterResponse]
+    """Takes an adapter out of every worker's memory once nobody uses it, and returns when they have confirmed it or the
+    grace period is over. It is loaded again for whoever asks for it again.
+    """
 
 @_typing.type_check_only
 class SchedulerServiceAsyncStub(SchedulerServiceStub):
@@ -55,6 +61,12 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """
     GetState: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetStateRequest, _scheduler_pb2.GetStateResponse]  # type: ignore[assignment]
     """What is queued and running, and why it waits."""
+    WatchResidency: _aio.UnaryStreamMultiCallable[_scheduler_pb2.WatchResidencyRequest, _scheduler_pb2.WatchResidencyResponse]  # type: ignore[assignment]
+    """Where every adapter is: all workers at once, then each worker again when what it holds has changed."""
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.UnloadAdapterRequest, _scheduler_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Takes an adapter out of every worker's memory once nobody uses it, and returns when they have confirmed it or the
+    grace period is over. It is loaded again for whoever asks for it again.
+    """
 
 class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Queues requests and dispatches each to a worker that can start it at once."""
@@ -84,5 +96,23 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.GetStateResponse, _abc.Awaitable[_scheduler_pb2.GetStateResponse]]:
         """What is queued and running, and why it waits."""
+
+    @_abc_1.abstractmethod
+    def WatchResidency(
+        self,
+        request: _scheduler_pb2.WatchResidencyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_scheduler_pb2.WatchResidencyResponse], _abc.AsyncIterator[_scheduler_pb2.WatchResidencyResponse]]:
+        """Where every adapter is: all workers at once, then each worker again when what it holds has changed."""
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _scheduler_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.UnloadAdapterResponse, _abc.Awaitable[_scheduler_pb2.UnloadAdapterResponse]]:
+        """Takes an adapter out of every worker's memory once nobody uses it, and returns when they have confirmed it or the
+        grace period is over. It is loaded again for whoever asks for it again.
+        """
 
 def add_SchedulerServiceServicer_to_server(servicer: SchedulerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -183,6 +183,7 @@ class GetStateResponse(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    ADAPTER_CACHE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     engine: _builtins.str
     """Engine, device and dtype, for example "torch cpu bfloat16" or "simulated a40-llama-7b"."""
@@ -198,6 +199,8 @@ class GetStateResponse(_message.Message):
     draining: _builtins.bool
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterState]: ...
+    @_builtins.property
+    def adapter_cache(self) -> Global___AdapterCacheCounts: ...
     def __init__(
         self,
         *,
@@ -214,14 +217,61 @@ class GetStateResponse(_message.Message):
         steps: _builtins.int = ...,
         output_tokens: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        adapter_cache: Global___AdapterCacheCounts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_cache", b"adapter_cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_blocks", b"adapter_blocks", "adapters", b"adapters", "base_model", b"base_model", "base_model_digest", b"base_model_digest", "draining", b"draining", "engine", b"engine", "kv_blocks", b"kv_blocks", "loading_requests", b"loading_requests", "output_tokens", b"output_tokens", "pool_blocks", b"pool_blocks", "running_requests", b"running_requests", "steps", b"steps", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_blocks", b"adapter_blocks", "adapter_cache", b"adapter_cache", "adapters", b"adapters", "base_model", b"base_model", "base_model_digest", b"base_model_digest", "draining", b"draining", "engine", b"engine", "kv_blocks", b"kv_blocks", "loading_requests", b"loading_requests", "output_tokens", b"output_tokens", "pool_blocks", b"pool_blocks", "running_requests", b"running_requests", "steps", b"steps", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStateResponse: _TypeAlias = GetStateResponse  # noqa: Y015
+
+@_typing.final
+class AdapterCacheCounts(_message.Message):
+    """Since the worker started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    LOADED_BYTES_FIELD_NUMBER: _builtins.int
+    DOWNLOADED_BYTES_FIELD_NUMBER: _builtins.int
+    PREFETCHES_FIELD_NUMBER: _builtins.int
+    PREFETCH_HITS_FIELD_NUMBER: _builtins.int
+    PREFETCH_WASTES_FIELD_NUMBER: _builtins.int
+    hits: _builtins.int
+    """Requests whose adapter was in device memory when they came, or that needed none to be moved."""
+    misses: _builtins.int
+    """Requests whose adapter had to be loaded, or was loading."""
+    evictions: _builtins.int
+    loaded_bytes: _builtins.int
+    """Bytes from host to device memory, and from the adapter store to host memory."""
+    downloaded_bytes: _builtins.int
+    prefetches: _builtins.int
+    """Loads for requests that were expected and not yet there; how many of them were used, and evicted unused."""
+    prefetch_hits: _builtins.int
+    prefetch_wastes: _builtins.int
+    def __init__(
+        self,
+        *,
+        hits: _builtins.int = ...,
+        misses: _builtins.int = ...,
+        evictions: _builtins.int = ...,
+        loaded_bytes: _builtins.int = ...,
+        downloaded_bytes: _builtins.int = ...,
+        prefetches: _builtins.int = ...,
+        prefetch_hits: _builtins.int = ...,
+        prefetch_wastes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downloaded_bytes", b"downloaded_bytes", "evictions", b"evictions", "hits", b"hits", "loaded_bytes", b"loaded_bytes", "misses", b"misses", "prefetch_hits", b"prefetch_hits", "prefetch_wastes", b"prefetch_wastes", "prefetches", b"prefetches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterCacheCounts: _TypeAlias = AdapterCacheCounts  # noqa: Y015
 
 @_typing.final
 class AdapterState(_message.Message):
@@ -232,12 +282,23 @@ class AdapterState(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     USERS_FIELD_NUMBER: _builtins.int
+    PIN_REASON_FIELD_NUMBER: _builtins.int
+    IN_HOST_FIELD_NUMBER: _builtins.int
+    READY_LAYERS_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     tier: _common_pb2.AdapterTier.ValueType
     rank: _builtins.int
     size_bytes: _builtins.int
     users: _builtins.int
     """Running requests that use it."""
+    pin_reason: _builtins.str
+    """Why it is pinned. Empty: it is not."""
+    in_host: _builtins.bool
+    """A copy is in host memory, too."""
+    ready_layers: _builtins.int
+    """Of a load under way: layers that have arrived in device memory, of how many."""
+    num_layers: _builtins.int
     def __init__(
         self,
         *,
@@ -246,10 +307,14 @@ class AdapterState(_message.Message):
         rank: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         users: _builtins.int = ...,
+        pin_reason: _builtins.str = ...,
+        in_host: _builtins.bool = ...,
+        ready_layers: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "rank", b"rank", "size_bytes", b"size_bytes", "tier", b"tier", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "in_host", b"in_host", "num_layers", b"num_layers", "pin_reason", b"pin_reason", "rank", b"rank", "ready_layers", b"ready_layers", "size_bytes", b"size_bytes", "tier", b"tier", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
