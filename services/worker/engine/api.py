@@ -1,7 +1,8 @@
 """What a worker asks of an engine, and nothing about how it is done.
 
 Rules of the contract:
-  - All calls come from one thread. `step` blocks for the time of one forward pass.
+  - All calls come from one thread, but for `begin_adapter` and `extend_adapter`, which may come
+    from another one while a step runs. `step` blocks for the time of one forward pass.
   - A sequence is opened with all its known tokens, computed by `step` in chunks of any size, and
     gets a new token whenever a chunk reaches its last known token. Closing it twice is harmless.
   - The engine decides nothing: which sequences step together, when an adapter is loaded or dropped
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
+
+from services.common.adapter_container import ContainerHeader
 
 
 class AdapterIncompatibleError(ValueError):
@@ -132,9 +135,19 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
-    def add_adapter(self, digest: str, blob: bytes | bytearray | memoryview) -> None:
-        """Bring a container blob to the device. A writable blob is kept, not copied: it must not
-        change afterwards. Raises AdapterIncompatibleError.
+    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
+        """An adapter comes. `payload` is where its bytes will be, `header.payload_bytes` of them.
+
+        Nothing is read from it before `extend_adapter`. It must stay until `remove_adapter`: on
+        the CPU it is the device memory. Raises AdapterIncompatibleError, and then nothing is kept.
+        """
+        ...
+
+    def extend_adapter(self, digest: str, layers: int) -> None:
+        """The payload has all rows of the first `layers` layers; of the head, too, if these are all.
+
+        At most four times per adapter, with more layers each time, the last time with all. Raises
+        AdapterIncompatibleError; then the caller removes it.
         """
         ...
 
