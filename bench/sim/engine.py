@@ -11,7 +11,7 @@ from bench.sim.clients import Work
 from bench.sim.hardware import Hardware
 from services.core.decisions import StepWork
 from services.core.types import Attempt, RequestId
-from services.worker.engine.profiles import StepLoad
+from services.worker.engine.profiles import PartLoad, StepLoad
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +23,7 @@ class Live:
     known: int
     position: int  # output tokens, all attempts counted
     computed: int = 0
+    passed_layers: int = 0  # by the chunk that comes next
     is_announced: bool = False
     has_token: bool = False  # of this attempt
     is_ended: bool = False  # complete, or not wanted any more
@@ -65,7 +66,7 @@ class Engine:
     def open(self, live: Live) -> None:
         request_id = live.attempt.request_id
         assert request_id not in self._open
-        live.computed = 0
+        live.computed = live.passed_layers = 0
         self._open[request_id] = live
 
     def close(self, live: Live) -> None:
@@ -77,7 +78,18 @@ class Engine:
         """Seconds that the step takes."""
         assert not self._step
         self._step = [(self._open[item.request_id], item) for item in work]
-        return self._hardware.step_s(_load_of(self._step), self._rng)
+        parts = [self._part(live, item) for live, item in self._step if not _is_whole(live, item)]
+        whole = self._step
+        if parts:
+            whole = [(live, item) for live, item in self._step if _is_whole(live, item)]
+        load = _load_of(whole) if whole else None
+        return self._hardware.step_s(load, self._rng, parts=parts)
+
+    def _part(self, live: Live, item: StepWork) -> PartLoad:
+        num_layers = self._hardware.profile.num_layers
+        layers = (item.until_layer or num_layers) - live.passed_layers
+        assert layers > 0
+        return PartLoad(item.tokens, live.rank, layers / num_layers)
 
     def end_step(self) -> StepResult:
         """Hand out its tokens."""
@@ -87,6 +99,12 @@ class Engine:
         tokens: list[Live] = []
         first_tokens: list[Live] = []
         for live, item in step:
+            if item.until_layer is not None:
+                live.passed_layers = item.until_layer
+                if live.is_ended:
+                    ended.append(item.request_id)
+                continue
+            live.passed_layers = 0
             live.computed += item.tokens
             assert (live.computed == live.known) == item.samples
             if item.samples:
@@ -102,6 +120,11 @@ class Engine:
             if live.is_ended:
                 ended.append(item.request_id)
         return StepResult(tuple(sampled), tuple(ended), tuple(tokens), tuple(first_tokens))
+
+
+def _is_whole(live: Live, item: StepWork) -> bool:
+    """True if it passes all layers in this step."""
+    return item.until_layer is None and not live.passed_layers
 
 
 def _load_of(step: Sequence[tuple[Live, StepWork]]) -> StepLoad:

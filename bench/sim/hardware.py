@@ -7,11 +7,12 @@ disturbs the steps, how regular the steps are. No policy sees a value of this mo
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 from services.core.types import Adapter, Capacity
-from services.worker.engine.profiles import PROFILES, HardwareProfile, StepLoad
+from services.worker.engine.profiles import PROFILES, HardwareProfile, PartLoad, StepLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +22,11 @@ class Hardware:
     profile: HardwareProfile
     max_requests: int = 512  # batch slots: enough that memory is what limits
     block_tokens: int = 16
-    # A load blocks the device for so many times its transfer; 0: transfers overlap with steps. The
-    # live simulated engine loads between two steps: 1.
+    # A load blocks the device for so many times its transfer; 0: transfers overlap with steps.
     load_blocking: float = 0.0
+    # Layers of an adapter can be used as they come, as live; see `bench.sim.residency`. The
+    # published comparisons of policies are without it: there no transfer outlasts a step by much.
+    overlaps_prefill: bool = False
     step_noise: float = 0.0  # standard deviation of the logarithm of a step's time
     host_cache_bytes: int = 256 * 2**30
     is_host_warm: bool = True  # every adapter is in host memory at the start, as far as they fit
@@ -36,6 +39,7 @@ class Hardware:
         assert min(self.load_blocking, self.step_noise, self.store_latency_s) >= 0
         assert self.host_cache_bytes >= 0
         assert self.store_bytes_per_s > 0
+        assert not (self.overlaps_prefill and self.load_blocking), "a blocked device computes none"
 
     def with_lora_scale(self, scale: float) -> Self:
         """The same with LoRA kernels that take so many times as long."""
@@ -63,11 +67,14 @@ class Hardware:
             block_tokens=self.block_tokens,
             max_requests=self.max_requests,
             max_context_tokens=self.profile.max_context_tokens,
+            num_layers=self.profile.num_layers if self.overlaps_prefill else 0,
         )
 
-    def step_s(self, load: StepLoad, rng: random.Random) -> float:
-        """Seconds of a step."""
-        step_s = self.profile.step_s(load)
+    def step_s(
+        self, load: StepLoad | None, rng: random.Random, *, parts: Sequence[PartLoad] = ()
+    ) -> float:
+        """Seconds of a step. `load`: all that passes every layer; None: nothing does."""
+        step_s = self.profile.step_s(load, parts)
         return step_s * rng.lognormvariate(0.0, self.step_noise) if self.step_noise else step_s
 
     def load_s(self, size_bytes: int) -> float:
@@ -83,7 +90,7 @@ class Hardware:
     ) -> float:
         """Time to first token of a request that is alone, its prompt computed in one step.
 
-        Cold: its adapter is in host memory and must be loaded first.
+        Cold: its adapter is in host memory and must be loaded first, whole.
         """
         rank = 0 if adapter is None else adapter.rank
         prompt = StepLoad(

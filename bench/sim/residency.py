@@ -2,11 +2,16 @@
 
 Downloads share one network and transfers share one link, each in order; a download's latency
 overlaps with other downloads. The host cache drops what was used longest ago, as the live one does.
+
+Where prompts may overlap with loads, an adapter comes in four groups of layers, as the live engine
+takes it: each is told of once it is on the device, and those of a download are sent there as they
+arrive.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from bench.sim.faults import Fault, store_slowness
@@ -16,6 +21,7 @@ from services.core.types import Adapter, AdapterDigest
 
 # Five tries with backoff are over by then, as in `services.worker.downloads`.
 STORE_FAILURE_S: Final = 1.0
+GROUPS: Final = 4  # of layers
 
 
 @dataclass(slots=True)
@@ -75,8 +81,18 @@ class HostCache:
         return self._digests
 
 
+@dataclass(frozen=True, slots=True)
+class LoadCalls:
+    """Whom a load tells what, later; of `loaded` and `failed` one, once."""
+
+    near: Callable[[frozenset[AdapterDigest]], None]  # host memory has changed
+    progressed: Callable[[AdapterDigest, int], None]  # so many layers can be used
+    loaded: Callable[[AdapterDigest], None]
+    failed: Callable[[AdapterDigest], None]
+
+
 class Residency:
-    """Performs loads. `on_loaded` and `on_failed` are called once per load, later."""
+    """Performs loads."""
 
     def __init__(
         self,
@@ -96,41 +112,64 @@ class Residency:
         self._link_free_s = 0.0
         self.counts = LoadCounts()
 
-    def load(
-        self,
-        adapter: Adapter,
-        *,
-        on_near: Callable[[frozenset[AdapterDigest]], None],
-        on_loaded: Callable[[AdapterDigest], None],
-        on_failed: Callable[[AdapterDigest], None],
-    ) -> None:
-        """Begin to bring the adapter to the device. `on_near`: host memory has changed."""
-
-        def arrive() -> None:
-            self._host_cache.put(adapter)
-            on_near(self._host_cache.publish())
-            self._transfer(adapter, on_loaded)
-
+    def load(self, adapter: Adapter, calls: LoadCalls) -> None:
+        """Begin to bring the adapter to the device."""
         if self._host_cache.use(adapter.digest):
-            self._transfer(adapter, on_loaded)
+            self._transfer(adapter, calls)
             return
         slowness = store_slowness(self._faults, self._loop.now)
         if slowness is None:
-            self._loop.after(STORE_FAILURE_S, lambda: on_failed(adapter.digest))
+            self._loop.after(STORE_FAILURE_S, lambda: calls.failed(adapter.digest))
             return
         self.counts.downloads += 1
         self.counts.downloaded_bytes += adapter.size_bytes
         begun_s = self._loop.now + self._hardware.store_latency_s * slowness
         bytes_s = adapter.size_bytes / self._hardware.store_bytes_per_s * slowness
-        self._network_free_s = max(begun_s, self._network_free_s) + bytes_s
-        self._loop.at(self._network_free_s, arrive)
+        first_byte_s = max(begun_s, self._network_free_s)
+        self._network_free_s = first_byte_s + bytes_s
+        if self._hardware.overlaps_prefill:
+            for group in range(1, GROUPS):
+                arrives_s = first_byte_s + bytes_s * group / GROUPS
+                self._loop.at(arrives_s, partial(self._pass_on, adapter, group, calls))
+        self._loop.at(self._network_free_s, lambda: self._arrive(adapter, calls))
 
-    def _transfer(self, adapter: Adapter, on_loaded: Callable[[AdapterDigest], None]) -> None:
-        self.counts.loads += 1
-        self.counts.loaded_bytes += adapter.size_bytes
+    def _arrive(self, adapter: Adapter, calls: LoadCalls) -> None:
+        """The last byte is in host memory."""
+        self._host_cache.put(adapter)
+        calls.near(self._host_cache.publish())
+        if self._hardware.overlaps_prefill:
+            self._count(adapter)
+            self._pass_on(adapter, GROUPS, calls)
+        else:
+            self._transfer(adapter, calls)
+
+    def _pass_on(self, adapter: Adapter, group: int, calls: LoadCalls) -> None:
+        """A group of layers that has arrived goes to the device."""
+        self._link_free_s = max(self._loop.now, self._link_free_s)
+        self._link_free_s += self._hardware.load_s(adapter.size_bytes) / GROUPS
+        self._tell(adapter, group, self._link_free_s, calls)
+
+    def _transfer(self, adapter: Adapter, calls: LoadCalls) -> None:
+        """All of an adapter goes from host memory to the device."""
+        self._count(adapter)
         load_s = self._hardware.load_s(adapter.size_bytes)
-        self._link_free_s = max(self._loop.now, self._link_free_s) + load_s
+        begun_s = max(self._loop.now, self._link_free_s)
+        self._link_free_s = begun_s + load_s
         if self._hardware.load_blocking > 0:
             blocked_until_s = self._block_device(load_s * self._hardware.load_blocking)
             self._link_free_s = max(self._link_free_s, blocked_until_s)
-        self._loop.at(self._link_free_s, lambda: on_loaded(adapter.digest))
+        if self._hardware.overlaps_prefill:
+            for group in range(1, GROUPS):
+                self._tell(adapter, group, begun_s + load_s * group / GROUPS, calls)
+        self._tell(adapter, GROUPS, self._link_free_s, calls)
+
+    def _tell(self, adapter: Adapter, group: int, at_s: float, calls: LoadCalls) -> None:
+        if group == GROUPS:
+            self._loop.at(at_s, lambda: calls.loaded(adapter.digest))
+        else:
+            layers = self._hardware.profile.num_layers * group // GROUPS
+            self._loop.at(at_s, lambda: calls.progressed(adapter.digest, layers))
+
+    def _count(self, adapter: Adapter) -> None:
+        self.counts.loads += 1
+        self.counts.loaded_bytes += adapter.size_bytes

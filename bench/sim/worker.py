@@ -14,7 +14,7 @@ from bench.sim.engine import Engine, Live, live_of
 from bench.sim.faults import Fault, slowness
 from bench.sim.hardware import Hardware
 from bench.sim.loop import Alarm, EventLoop
-from bench.sim.residency import HostCache, LoadCounts, Residency
+from bench.sim.residency import HostCache, LoadCalls, LoadCounts, Residency
 from services.core.config import ReplicaConfig
 from services.core.costs import StepCosts
 from services.core.decisions import (
@@ -31,6 +31,7 @@ from services.core.decisions import (
 from services.core.events import (
     AdapterLoaded,
     AdapterLoadFailed,
+    AdapterProgressed,
     AdaptersWanted,
     ClusterEvent,
     HostCacheChanged,
@@ -47,7 +48,7 @@ from services.core.events import (
     WorkerReported,
 )
 from services.core.replica import ReplicaScheduler
-from services.core.types import Adapter, AdapterDigest, Attempt, WorkerId
+from services.core.types import Adapter, AdapterDigest, Attempt, RequestId, WorkerId
 
 REPORT_S: Final = 0.05
 
@@ -108,7 +109,11 @@ class SimWorker:
             block_device=self._block_device,
         )
         self.counts.loads = self._residency.counts
+        self._calls = LoadCalls(
+            self._on_near, self._on_progressed, self._on_loaded, self._on_load_failed
+        )
         self._lives: dict[Attempt, Live] = {}
+        self._unannounced: dict[RequestId, Live] = {}  # open, and the scheduler was not told so
         self._device: set[AdapterDigest] = set()
         self._device_free_s = 0.0
         self._alarm = Alarm(setup.loop, next_deadline=self.core.next_deadline, ring=self._tick)
@@ -191,6 +196,7 @@ class SimWorker:
     # --- steps ------------------------------------------------------------------------------
 
     def _run_step(self, step: RunStep) -> None:
+        self._announce(step)
         now = self._loop.now
         start_s = max(now, self._device_free_s)
         duration_s = self._engine.begin_step(step.work)
@@ -224,8 +230,17 @@ class SimWorker:
         if client.started_s is None:
             client.started_s = self._loop.now
         if not live.is_announced:
-            live.is_announced = True
-            self._peers.to_scheduler(RequestStarted(self.worker_id, live.attempt))
+            self._unannounced[live.attempt.request_id] = live
+
+    def _announce(self, step: RunStep) -> None:
+        """Tell who started. Whose adapter is still coming has not: others may still come first."""
+        if not self._unannounced:
+            return
+        for item in step.work:
+            if item.until_layer is None and item.request_id in self._unannounced:
+                live = self._unannounced.pop(item.request_id)
+                live.is_announced = True
+                self._peers.to_scheduler(RequestStarted(self.worker_id, live.attempt))
 
     def _preempt(self, live: Live) -> None:
         self.counts.preemptions += 1
@@ -235,21 +250,22 @@ class SimWorker:
     def _depart(self, attempt: Attempt) -> None:
         live = self._lives.pop(attempt)
         self._engine.close(live)
+        if self._unannounced.get(attempt.request_id) is live:
+            del self._unannounced[attempt.request_id]
         self._peers.to_scheduler(RequestFinished(self.worker_id, attempt, live.position))
 
     # --- adapters ---------------------------------------------------------------------------
 
     def _load(self, adapter: Adapter) -> None:
-        self._residency.load(
-            adapter,
-            on_near=self._on_near,
-            on_loaded=self._on_loaded,
-            on_failed=self._on_load_failed,
-        )
+        self._residency.load(adapter, self._calls)
 
     def _on_near(self, digests: frozenset[AdapterDigest]) -> None:
         if self.is_alive:
             self._handle(HostCacheChanged(digests))
+
+    def _on_progressed(self, digest: AdapterDigest, layers: int) -> None:
+        if self.is_alive:
+            self._handle(AdapterProgressed(digest, layers))
 
     def _on_loaded(self, digest: AdapterDigest) -> None:
         if self.is_alive:

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from services.core.config import ReplicaConfig
 from services.core.ledger import Fit
-from services.core.memory import DeviceMemory, MemoryDecision, waiting_urgency
+from services.core.memory import SPARE_NONE, DeviceMemory, MemoryDecision, waiting_urgency
 from services.core.roster import Roster
 from services.core.sequence import Sequence
 from services.core.types import Adapter
@@ -241,9 +241,11 @@ class Admission:
         adapter = sequence.request.adapter
         if adapter is None or adapter.digest in self._memory.cache:
             return True
+        # Pinned adapters go for a request that is alone: nothing else would ever free memory.
+        is_alone = not self._roster.admitted and sequence is self._roster.waiting[0]
         loads = self._memory.load(
             adapter,
-            spare=waiting_urgency(sequence.order),
+            spare=SPARE_NONE if is_alone else waiting_urgency(sequence.order),
             is_ahead=self._is_slora and adapter.digest not in self._memory.near,
             now=now,
         )
@@ -253,8 +255,9 @@ class Admission:
     def _start(self, sequence: Sequence, now: float) -> None:
         self._rule.add(sequence)
         self._memory.promise(sequence, self._config.reserve, now=now)
-        is_ready = sequence.digest is None or self._memory.cache.is_loaded(sequence.digest)
-        self._roster.admit(sequence, is_ready=is_ready)
+        digest = sequence.digest
+        ready_layers = None if digest is None else self._memory.cache.ready_layers(digest)
+        self._roster.admit(sequence, ready_layers=ready_layers)
         self._steps = 0
 
     def _next_adapters(self) -> list[Adapter]:

@@ -14,11 +14,15 @@ Three disciplines, `ReplicaConfig.stepping`:
 - "whole", S-LoRA's. Prompts are computed whole, in a step of their own, while decodes wait; all
   that were admitted together go together.
 
+A prompt whose adapter is still coming goes on as far as the adapter's layers are here, but under
+"whole" (`services.core.layerwise`).
+
 Memory: a decode may preempt younger requests, a prompt may not: its chunk shrinks to the blocks
 there are. A prompt is short of blocks only while decodes hold more than they were promised; these
 go on, so a step is never empty while something could run.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import assert_never
@@ -34,10 +38,11 @@ from services.core.decisions import (
     StartRequest,
     StepWork,
 )
+from services.core.layerwise import LayerWise
 from services.core.memory import SPARE_NONE, DeviceMemory
 from services.core.roster import Roster
 from services.core.sequence import Sequence
-from services.core.types import RequestId
+from services.core.types import AdapterDigest, RequestId
 
 Chunk = tuple[Sequence, StepWork]
 
@@ -50,10 +55,17 @@ class Step:
     chunks: list[Chunk]
     shape: StepShape
     began_s: float
+    is_whole: bool  # something in it passes all layers: its time can be learned from
 
     def has(self, sequence: Sequence) -> bool:
         """True if it computes something of the sequence."""
         return sequence in self.decodes or any(one is sequence for one, _ in self.chunks)
+
+    def uses(self, digest: AdapterDigest) -> bool:
+        """True if it computes something with layers of an adapter that is still coming."""
+        return any(
+            work.until_layer is not None and one.digest == digest for one, work in self.chunks
+        )
 
     def due(self) -> Iterator[tuple[Sequence, bool]]:
         """Its sequences, and whether it samples a token of each."""
@@ -71,6 +83,12 @@ class Batching:
         self._memory = memory
         self._roster = roster
         self._is_lockstep = is_lockstep(config)
+        self._layers = LayerWise(
+            memory.capacity.num_layers,
+            min_share=config.overlap_min_share,
+            roster=roster,
+            cache=memory.cache,
+        )
         self._run = RunStep(())  # the last one of decodes only: most are the same again
         self._out: list[ReplicaDecision] = []
 
@@ -82,6 +100,11 @@ class Batching:
             self._out.append(self._run_step(step))
         return self._out, step
 
+    @property
+    def next_s(self) -> float | None:
+        """When a step could be formed, though nothing happens before."""
+        return self._layers.next_s if self._roster.early else None
+
     def _form(self, costs: StepCosts, now: float) -> Step | None:
         decodes: list[Sequence] = []
         chunks: list[Chunk] = []
@@ -91,7 +114,7 @@ class Batching:
                 decodes = [] if chunks else self._decodes(now)
             case "chunked":
                 decodes = self._decodes(now)
-                chunks = self._chunks(self._config.prefill_tokens_per_step, now)
+                chunks = self._chunks(decodes, costs, now)
             case "target":
                 decodes = self._decodes(now)
                 chunks = self._target_chunks(decodes, costs, now)
@@ -99,7 +122,8 @@ class Batching:
                 assert_never(self._config.stepping)
         if not decodes and not chunks:
             return None
-        return Step(decodes, chunks, self._shape(decodes, chunks), now)
+        is_whole = bool(decodes) or any(self._layers.share(*chunk) == 1.0 for chunk in chunks)
+        return Step(decodes, chunks, self._shape(decodes, chunks), now, is_whole)
 
     def _run_step(self, step: Step) -> RunStep:
         roster = self._roster
@@ -120,16 +144,23 @@ class Batching:
         return self._run
 
     def _shape(self, decodes: list[Sequence], chunks: list[Chunk]) -> StepShape:
-        ranks = self._roster.decode_ranks
+        """Parts count with their share of the layers."""
+        ranks: float = self._roster.decode_ranks
         if len(decodes) != len(self._roster.decoding):
             ranks = sum([sequence.rank for sequence in decodes])
         cached_tokens = sum([sequence.computed_tokens for sequence in decodes])
-        prefill_tokens = rank_tokens = 0
+        prefill_tokens = rank_tokens = 0.0
+        sequences: float = len(decodes)
         for sequence, work in chunks:
-            prefill_tokens += work.tokens
-            rank_tokens += work.tokens * sequence.rank
+            share = self._layers.share(sequence, work)
+            if sequence.uncomputed_tokens == 1:  # a decode but for its adapter
+                sequences += share
+                ranks += share * sequence.rank
+                continue
+            prefill_tokens += share * work.tokens
+            rank_tokens += share * work.tokens * sequence.rank
             cached_tokens += sequence.computed_tokens
-        return StepShape(prefill_tokens, rank_tokens, len(decodes), ranks, cached_tokens)
+        return StepShape(prefill_tokens, rank_tokens, sequences, ranks, cached_tokens)
 
     def _must_wait(self) -> bool:
         """True while S-LoRA's worker does nothing else: its memory counts on this order.
@@ -195,40 +226,53 @@ class Batching:
             chunks.append((sequence, StepWork(sequence.request_id, tokens, samples=True)))
         return chunks
 
-    def _chunks(self, room_tokens: int, now: float) -> list[Chunk]:
+    def _chunks(self, decodes: list[Sequence], costs: StepCosts, now: float) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for sequence in self._roster.prompts:
-            chunk = self._chunk(sequence, room_tokens, now) if room_tokens else None
+        room_tokens = self._config.prefill_tokens_per_step
+        for sequence in self._prompts(decodes, costs, now):
+            if room_tokens <= 0:
+                break
+            chunk = self._chunk(sequence, room_tokens, now, must=not chunks)
             if chunk is None:
                 break
-            room_tokens -= chunk.tokens
+            room_tokens -= self._whole_tokens(sequence, chunk)
             chunks.append((sequence, chunk))
         return chunks
 
     def _target_chunks(self, decodes: list[Sequence], costs: StepCosts, now: float) -> list[Chunk]:
-        if not self._roster.prompts:
+        prompts = self._prompts(decodes, costs, now)
+        if not prompts:
             return []
         config, chunks = self._config, list[Chunk]()
-        left_s = self._allowed_s(decodes, now) - costs.prefill_s
+        left_s = self._allowed_s(decodes, prompts[0], now) - costs.prefill_s
         left_s -= costs.step_time_s(self._shape(decodes, []))
         floor_tokens, room_tokens = config.min_prefill_tokens, config.step_tokens_limit
-        for sequence in self._roster.prompts:
+        for sequence in prompts:
             token_s = costs.prefill_token_s + costs.prefill_rank_token_s * sequence.rank
             left_s -= costs.cached_token_s * sequence.computed_tokens
             tokens = min(room_tokens, max(floor_tokens, _tokens_within(left_s, token_s)))
             is_sliver = tokens < min(config.min_prefill_tokens, sequence.uncomputed_tokens)
             if tokens <= 0 or (is_sliver and chunks and not floor_tokens):
                 break
-            chunk = self._chunk(sequence, tokens, now)
+            if sequence.chunk_tokens > room_tokens:
+                break
+            chunk = self._chunk(sequence, tokens, now, must=not chunks)
             if chunk is None:
                 break
-            chunks.append((sequence, chunk))
-            left_s -= chunk.tokens * token_s
-            floor_tokens = max(0, floor_tokens - chunk.tokens)
+            left_s -= chunk.tokens * self._layers.share(sequence, chunk) * token_s
+            floor_tokens = max(0, floor_tokens - self._whole_tokens(sequence, chunk))
             room_tokens -= chunk.tokens
+            chunks.append((sequence, chunk))
         return chunks
 
-    def _allowed_s(self, decodes: list[Sequence], now: float) -> float:
+    def _prompts(self, decodes: list[Sequence], costs: StepCosts, now: float) -> list[Sequence]:
+        """Those that are to go on, oldest first."""
+        if not self._roster.early:
+            return self._roster.prompts
+        step_s = costs.step_time_s(self._shape(decodes, []))
+        return self._layers.prompts(step_s=step_s, has_decodes=bool(decodes), now=now)
+
+    def _allowed_s(self, decodes: list[Sequence], first: Sequence, now: float) -> float:
         """How long a step with prompts may take, see the top of this module."""
         config = self._config
         target_s = config.tbt_target_s
@@ -237,18 +281,25 @@ class Batching:
             return limit_s
         due_s = [one.next_token_due_s(target_s) for one in decodes if one.first_token_s is not None]
         ahead_s = max(0.0, min(due_s) - now - target_s) if due_s else 0.0
-        waited_s = now - self._roster.prompts[0].request.arrived_s
+        waited_s = now - first.request.arrived_s
         impatience = min(1.0, max(0.0, waited_s / config.patience_s - 1.0))
         allowed_s = target_s + config.slack_share * ahead_s
         allowed_s += impatience * (limit_s - target_s)
         return min(allowed_s, limit_s)
 
-    def _chunk(self, sequence: Sequence, tokens: int, now: float) -> StepWork | None:
-        due_tokens = sequence.uncomputed_tokens
-        tokens = min(tokens, due_tokens, self._memory.obtainable_tokens(sequence))
+    def _chunk(self, sequence: Sequence, tokens: int, now: float, *, must: bool) -> StepWork | None:
+        """Its work that costs at most so many tokens; `must`: some, if there is memory."""
+        if sequence.chunk_tokens:
+            return self._layers.go_on(sequence, tokens, must=must)
+        memory_tokens = self._memory.obtainable_tokens(sequence)
+        tokens = min(tokens, sequence.uncomputed_tokens, memory_tokens)
         if tokens <= 0 or not self._grow(sequence, tokens, now):
             return None
-        return StepWork(sequence.request_id, tokens, samples=tokens == due_tokens)
+        return self._layers.begin(sequence, tokens)
+
+    def _whole_tokens(self, sequence: Sequence, work: StepWork) -> int:
+        """Tokens through all layers that cost as much."""
+        return math.ceil(work.tokens * self._layers.share(sequence, work))
 
     def _grow(self, sequence: Sequence, tokens: int, now: float) -> bool:
         """Make blocks for its next tokens, from adapters that nobody uses if need be."""

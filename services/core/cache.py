@@ -8,15 +8,21 @@ cache leaves, until memory forces it out. Who may be forced out:
    among the wanted ones; the one that is needed latest goes first here);
 3. idle: by the eviction policy's score.
 
+Pinned adapters are wanted ones, more urgent than every request that waits.
+
 This module keeps the entries and ranks victims. Blocks are counted by `services.core.pool`.
 """
 
-import heapq
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
+import numpy as np
+
+from services.core.demand import Demand
 from services.core.events import ResidentAdapter
-from services.core.eviction import EvictionPolicy, Usage
+from services.core.eviction_view import EvictionPolicy, Floats, IdleAdapters, UseTable
+from services.core.snapshots import CacheCounts
 from services.core.types import Adapter, AdapterDigest
 
 Urgency = tuple[int, int]  # smaller is more urgent
@@ -32,11 +38,17 @@ class CachedAdapter:
     last_used_s: float
     is_loaded: bool = False
     users: int = 0
-    window: int = 0
-    uses: int = 0
-    uses_before: int = 0
     is_ahead: bool = False  # kept or loaded for a request that has not been admitted
     near_load_s: float | None = None  # when its load from host memory began; None: a download
+    ready_layers: int = 0  # that steps may use while it is loading
+    progressed_s: float = 0.0  # when the last of them came, or its load began
+    layer_s: float = 0.0  # that each of those that came last took
+    began_s: float = 0.0  # when its load began
+    is_prefetched: bool = False  # loaded for a hint or a forecast, and not used yet
+    slot: int = -1  # in the cache's table, once its load has begun
+
+
+_FEW: Final = 16  # victims are ranked so many at a time, because few are asked for
 
 
 class AdapterCache:
@@ -44,11 +56,16 @@ class AdapterCache:
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
+        self._rules = policy.rules
+        self._table = UseTable(self._rules.window_s)
+        self._near: frozenset[AdapterDigest] = frozenset()
         self._entries: dict[AdapterDigest, CachedAdapter] = {}
         self._loading: dict[AdapterDigest, CachedAdapter] = {}
         self._idle: dict[AdapterDigest, CachedAdapter] = {}  # loaded, without a user: evictable
         self.evictable_blocks = 0  # that could be had by evicting every adapter that may be
         self.used_blocks = 0  # of adapters with a user, loading ones included
+        self._hits = self._misses = self._evictions = 0
+        self._prefetches = self._prefetch_hits = self._prefetch_wastes = 0
 
     def __contains__(self, digest: AdapterDigest) -> bool:
         return digest in self._entries
@@ -96,10 +113,36 @@ class AdapterCache:
             if entry.users == 0 and digest != besides
         )
 
-    def resident(self) -> tuple[ResidentAdapter, ...]:
+    @property
+    def demand(self) -> Demand:
+        """How often which adapter is used, here or not."""
+        return self._table.demand
+
+    @property
+    def counts(self) -> CacheCounts:
+        """What the cache came to so far."""
+        return CacheCounts(
+            self._hits,
+            self._misses,
+            self._evictions,
+            self._prefetches,
+            self._prefetch_hits,
+            self._prefetch_wastes,
+        )
+
+    def resident(
+        self, pin_reasons: Mapping[AdapterDigest, str] | None = None
+    ) -> tuple[ResidentAdapter, ...]:
         """What is loaded, for a report."""
+        reasons = pin_reasons or {}
         return tuple(
-            ResidentAdapter(digest, entry.blocks, entry.users)
+            ResidentAdapter(
+                digest,
+                entry.blocks,
+                entry.users,
+                entry.adapter.size_bytes,
+                reasons.get(digest, ""),
+            )
             for digest, entry in self._entries.items()
             if entry.is_loaded
         )
@@ -119,35 +162,84 @@ class AdapterCache:
         digest = entry.adapter.digest
         assert digest not in self._entries
         self._entries[digest] = self._loading[digest] = entry
+        self._prefetches += entry.is_prefetched
+        entry.slot = self._table.add(entry.adapter, entry.blocks, now=entry.last_used_s)
+        self._table.set_far(entry.slot, is_far=digest not in self._near)
+        entry.progressed_s = entry.last_used_s
 
-    def end_load(self, digest: AdapterDigest) -> CachedAdapter:
-        """The load succeeded."""
+    def end_load(self, digest: AdapterDigest, *, now: float | None = None) -> CachedAdapter:
+        """The load succeeded. `now` if what it took shall be learned."""
         entry = self._loading.pop(digest)
         entry.is_loaded = True
+        if now is not None and entry.near_load_s is None:
+            self._table.downloads.learn(entry.adapter.size_bytes, now - entry.began_s)
         if entry.users == 0:
-            self._idle[digest] = entry
-            self.evictable_blocks += entry.blocks
+            self._enter_idle(entry)
         return entry
+
+    def progress(self, digest: AdapterDigest, layers: int, *, now: float) -> int:
+        """Of an adapter that is loading so many layers have come. How many may be used now?"""
+        entry = self._loading[digest]
+        new_layers = layers - entry.ready_layers
+        if new_layers > 0:
+            entry.layer_s = (now - entry.progressed_s) / new_layers
+            entry.ready_layers, entry.progressed_s = layers, now
+        return entry.ready_layers
+
+    def ready_layers(self, digest: AdapterDigest) -> int | None:
+        """How many layers of it may be used while it is loading; None: it is loaded."""
+        entry = self._entries[digest]
+        return None if entry.is_loaded else entry.ready_layers
+
+    def loaded_by_s(self, digest: AdapterDigest, *, num_layers: int) -> float:
+        """When all its layers will have come if the others come as fast as the last ones."""
+        entry = self._entries[digest]
+        return entry.progressed_s + entry.layer_s * (num_layers - entry.ready_layers)
 
     def remove(self, digest: AdapterDigest) -> None:
         """It was evicted, or its load failed."""
-        self._loading.pop(digest, None)
+        is_load = self._loading.pop(digest, None) is not None
         entry = self._entries.pop(digest)
         assert entry.users == 0
-        if self._idle.pop(digest, None) is not None:
-            self.evictable_blocks -= entry.blocks
+        self._evictions += not is_load
+        self._prefetch_wastes += entry.is_prefetched
+        if digest in self._idle:
+            self._leave_idle(entry)
+        self._table.remove(entry.slot)
+
+    def set_near(self, digests: frozenset[AdapterDigest]) -> None:
+        """These are in host memory: to load them again needs no download."""
+        changed = digests ^ self._near
+        self._near = digests
+        for digest in changed:
+            entry = self._entries.get(digest)
+            if entry is not None:
+                self._table.set_far(entry.slot, is_far=digest not in digests)
+
+    def learn_load_byte_s(self, load_byte_s: float) -> None:
+        """So long takes a byte from host memory."""
+        self._table.load_byte_s = load_byte_s
+
+    def reload_s(self, adapter: Adapter) -> float:
+        """Seconds that it would take to load it."""
+        is_far = adapter.digest not in self._near
+        return self._table.reload_one_s(adapter.size_bytes, is_far=is_far)
 
     def use(self, digest: AdapterDigest, *, now: float) -> None:
         """An admitted request uses it: it stays until as many `unuse`."""
         entry = self._entries[digest]
+        self._hits += entry.is_loaded
+        self._misses += not entry.is_loaded
+        self._prefetch_hits += entry.is_prefetched
         if entry.users == 0:
             self.used_blocks += entry.blocks
-            if self._idle.pop(digest, None) is not None:
-                self.evictable_blocks -= entry.blocks
+            if entry.is_loaded:
+                self._leave_idle(entry)
         entry.users += 1
-        entry.is_ahead = False
+        entry.is_ahead = entry.is_prefetched = False
         entry.last_used_s = now
-        self._count_use(entry, int(now // self._policy.window_s))
+        self._table.use(entry.slot, clock=self._policy.clock, now=now)
+        self._table.demand.use(digest)
 
     def unuse(self, digest: AdapterDigest, *, now: float) -> None:
         """One user has left."""
@@ -155,28 +247,29 @@ class AdapterCache:
         assert entry.users > 0
         entry.users -= 1
         entry.last_used_s = now
+        self._table.touch(entry.slot, now=now)
         if entry.users == 0:
             self.used_blocks -= entry.blocks
             if entry.is_loaded:
-                self._idle[digest] = entry
-                self.evictable_blocks += entry.blocks
+                self._enter_idle(entry)
 
     def victims(self, wanted: Wanted, *, spare: Urgency, now: float) -> Iterator[AdapterDigest]:
         """Adapters that may go, first to go first; wanted ones only if less urgent than `spare`."""
-        idle: list[Usage] = []
-        late: list[tuple[Urgency, AdapterDigest]] = []
-        for digest, entry in self._idle.items():
+        idle = self._table.idle(now=now)
+        scores = self._policy.scores(idle)
+        late: list[tuple[Urgency, int, AdapterDigest]] = []
+        for place, index in enumerate(self._ranked(idle, scores)):
+            digest = self._table.digests[idle.slots[index]]
+            assert digest is not None
             urgency = wanted(digest)
             if urgency is None:
-                idle.append(_usage(entry))
+                self._policy.note_evicted(float(scores[index]))
+                yield digest
             elif urgency > spare:
-                late.append((urgency, digest))
-        scores = self._policy.scores(idle, now=now)
-        ranked = list(zip(scores, (usage.digest for usage in idle), strict=True))
-        heapq.heapify(ranked)  # few are asked for, so not sorted
-        while ranked:
-            yield heapq.heappop(ranked)[1]
-        for _, digest in sorted(late, reverse=True):
+                late.append((urgency, -place, digest))
+        if self._rules.wanted_order == "urgency":
+            late.sort(reverse=True)
+        for _, _, digest in late:
             yield digest
 
     def check_integrity(self) -> None:
@@ -191,24 +284,27 @@ class AdapterCache:
             assert entry.blocks >= 0
             assert entry.is_loaded == (digest not in self._loading)
         assert all(digest in self._entries for digest in self._loading)
+        slots = {entry.slot for entry in self._idle.values()}
+        assert slots == set(self._table.idle(now=0.0).slots.tolist())
+        self._table.demand.check_integrity()
 
-    def _count_use(self, entry: CachedAdapter, window: int) -> None:
-        if window != entry.window:
-            entry.uses_before = entry.uses if window == entry.window + 1 else 0
-            entry.window, entry.uses = window, 0
-        entry.uses += 1
+    def _ranked(self, idle: IdleAdapters, scores: Floats) -> Iterator[int]:
+        """Places in `idle`, the lowest score first: a few at once, then all others."""
+        limit = np.inf if len(scores) <= _FEW else np.partition(scores, _FEW)[_FEW]
+        for places in (np.flatnonzero(scores <= limit), np.flatnonzero(scores > limit)):
+            slots, tie = idle.slots[places], self._rules.tie
+            yield from places[self._table.ranked(slots, scores[places], tie=tie)].tolist()
+
+    def _enter_idle(self, entry: CachedAdapter) -> None:
+        self._idle[entry.adapter.digest] = entry
+        self.evictable_blocks += entry.blocks
+        self._table.set_idle(entry.slot, is_idle=True)
+
+    def _leave_idle(self, entry: CachedAdapter) -> None:
+        del self._idle[entry.adapter.digest]
+        self.evictable_blocks -= entry.blocks
+        self._table.set_idle(entry.slot, is_idle=False)
 
 
 def _is_idle(entry: CachedAdapter) -> bool:
     return entry.is_loaded and entry.users == 0
-
-
-def _usage(entry: CachedAdapter) -> Usage:
-    return Usage(
-        entry.adapter.digest,
-        entry.blocks,
-        entry.last_used_s,
-        entry.window,
-        entry.uses,
-        entry.uses_before,
-    )

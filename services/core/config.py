@@ -51,6 +51,9 @@ class ReplicaConfig:
     step_tokens_limit: int = 8192  # of "target": no step has more prompt tokens
     min_prefill_tokens: int = 32  # of "target": prompts go on at least so fast
     prefill_tokens_per_step: int = 256  # of "chunked"; of a batch that "whole" or "slora" admits
+    # Beside decodes, a prompt whose adapter is still coming goes on once so large a share of the
+    # layers is new: each part costs launches again, see `services.core.layerwise`.
+    overlap_min_share: float = 0.25
     # Who may start, see `services.core.admission`. "promise": by the ledger's sum of promises;
     # "slora": by the largest memory that all who run will hold together at one time.
     admission: Literal["promise", "slora"] = "promise"
@@ -60,7 +63,17 @@ class ReplicaConfig:
     max_loads: int = 4  # at once, of adapters that are not in host memory
     max_hint_loads: int = 2  # of those, for requests that are not here yet
     max_hints: int = 64  # the rest of a longer hint is ignored
-    eviction: str = "lru"  # see services.core.eviction
+    eviction: str = "cost"  # see services.core.eviction
+    eviction_options: tuple[tuple[str, str], ...] = ()  # of that policy, by name
+    # Of loads ahead of requests, see `services.core.prefetch`. Shares of the pool.
+    pin_share: float = 0.5  # that pinned adapters may take
+    ahead_low_share: float = 0.02  # left unpromised by every load ahead
+    ahead_high_share: float = 0.05  # unpromised before loads ahead go on after that was reached
+    cool_down_s: float = 2.0  # before what the KV cache pushed out is loaded ahead
+    # Loads ahead of requests that nobody has made yet, see `services.core.forecast`. 0: none.
+    forecast_s: float = 0.0  # how far it looks
+    forecast_chance: float = 0.5  # of a request within that time, for an adapter to be loaded
+    day_offset_s: float | None = None  # since midnight when the clock was 0; None: not known
 
     def __post_init__(self) -> None:
         assert self.prefill_tokens_per_step >= 1
@@ -69,6 +82,12 @@ class ReplicaConfig:
         assert 0 <= self.slack_share <= 1
         assert self.patience_s > 0
         assert self.admission_every_steps >= 1
+        assert 0 < self.overlap_min_share <= 1
         assert self.max_loads >= 1
         assert self.max_hint_loads >= 0
         assert self.max_hints >= 0
+        assert 0 <= self.pin_share <= 1
+        assert 0 <= self.ahead_low_share <= self.ahead_high_share <= 1
+        assert self.cool_down_s >= 0
+        assert self.forecast_s >= 0
+        assert 0 < self.forecast_chance <= 1

@@ -13,12 +13,15 @@ from services.core.types import Adapter, Request
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What one step computes. Sums over ranks count the adapter of each token's sequence."""
+    """What one step computes. Sums over ranks count the adapter of each token's sequence.
 
-    prefill_tokens: int = 0
-    prefill_rank_tokens: int = 0  # sum of tokens x rank
-    decode_sequences: int = 0
-    decode_ranks: int = 0
+    What passes part of the layers only counts with its share of them.
+    """
+
+    prefill_tokens: float = 0
+    prefill_rank_tokens: float = 0  # sum of tokens x rank
+    decode_sequences: float = 0
+    decode_ranks: float = 0
     cached_tokens: int = 0  # KV cache that the step reads
 
 

@@ -88,11 +88,22 @@ class LoadAdapter:
     adapter: Adapter
 
 
+class EvictionReason(StrEnum):
+    """What an adapter went for."""
+
+    KV = "kv"  # an admitted request's next tokens
+    ADAPTER = "adapter"  # the adapter of a request that starts
+    PREFETCH = "prefetch"  # an adapter that is loaded ahead of its requests
+    DROPPED = "dropped"  # it was to go, see `AdapterDropped`
+    ABANDONED = "abandoned"  # its last user left, and idle adapters are not kept
+
+
 @dataclass(frozen=True, slots=True)
 class EvictAdapter:
     """Free the adapter's device memory. Done at once."""
 
     digest: AdapterDigest
+    reason: EvictionReason = EvictionReason.ADAPTER
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from services.core.types import (
     Attempt,
     Capacity,
     GatewayId,
+    Pin,
     Request,
     RequestId,
     WorkerId,
@@ -66,6 +67,8 @@ class ResidentAdapter:
     digest: AdapterDigest
     blocks: int
     users: int
+    size_bytes: int = 0  # 0: whoever reports it does not say
+    pin_reason: str = ""  # of a pin that is honoured; empty: it is not pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +194,20 @@ class AdaptersWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class PinsChanged:
+    """All that is pinned from now on, the most important first."""
+
+    pins: tuple[Pin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDropped:
+    """It is to leave device memory once no request here needs it; hints and pins of it are void."""
+
+    digest: AdapterDigest
+
+
+@dataclass(frozen=True, slots=True)
 class HostCacheChanged:
     """What the worker has in host memory now: loading these needs no download."""
 
@@ -216,6 +233,8 @@ ReplicaEvent = (
     | AdapterLoaded
     | AdapterLoadFailed
     | AdaptersWanted
+    | PinsChanged
+    | AdapterDropped
     | HostCacheChanged
     | StepFinished
 )

@@ -1,112 +1,88 @@
-"""Which idle adapter goes first: eviction policies, by name.
+"""Which idle adapter goes first: eviction policies, by name, with their options.
 
-A policy scores the idle adapters, lowest goes first, ties by digest. `lru` is the baseline.
-`chameleon` is the paper's score (§4.2)
+A policy scores the idle adapters (`services.core.eviction_view`); the lowest goes first.
 
-    0.45 · frequency + 0.10 · recency + 0.45 · size
-
-Size has a positive sign: small adapters go first, their reload is cheap. The paper leaves open how
-the terms are normalised, so that is `ChameleonWeights`; chosen here:
-
-- frequency: uses within the last `window_s`, over the largest such count among the candidates. The
-  count is kept as that of this window plus the fading share of the window before, which needs two
-  numbers per adapter. It starts anew when an adapter is loaded again.
-- recency: 1 / (1 + age / recency_s).
-- size: blocks over those of the largest candidate.
+- `lru`, `lfu`, `gdsf`: baselines;
+- `chameleon`, `fairshare`: the paper's score and its comparison with equal weights;
+- `cost`: ours, the expected time saved per block.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, Final, TypeVar, get_args, get_type_hints
 
-from services.core.types import AdapterDigest
+from services.core.eviction_baselines import Gdsf, Lfu, Lru
+from services.core.eviction_chameleon import FAIRSHARE, Chameleon, ChameleonWeights
+from services.core.eviction_cost import Cost
+from services.core.eviction_view import EvictionPolicy, IdleAdapters, Rules
 
+__all__ = [
+    "EVICTION_NAMES",
+    "Chameleon",
+    "ChameleonWeights",
+    "Cost",
+    "EvictionPolicy",
+    "Gdsf",
+    "IdleAdapters",
+    "Lfu",
+    "Lru",
+    "Rules",
+    "build_eviction",
+]
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a policy may know of an idle adapter."""
+T = TypeVar("T", ChameleonWeights, Cost)
+Options = Mapping[str, str]
 
-    digest: AdapterDigest
-    blocks: int
-    last_used_s: float
-    window: int  # index of the window that `uses` counts
-    uses: int
-    uses_before: int  # in the window before that
-
-
-class EvictionPolicy(Protocol):
-    """Scores idle adapters."""
-
-    @property
-    def window_s(self) -> float:
-        """Length of the windows in which uses are counted."""
-        ...
-
-    def scores(self, idle: Sequence[Usage], *, now: float) -> list[float]:
-        """One score per adapter, in order; the lowest is evicted first."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Lru:
-    """Least recently used goes first."""
-
-    window_s: float = 300.0
-
-    def scores(self, idle: Sequence[Usage], *, now: float) -> list[float]:
-        """The time of the last use."""
-        return [min(usage.last_used_s, now) for usage in idle]
+_FIXED: Final[dict[str, Callable[[], EvictionPolicy]]] = {"lru": Lru, "lfu": Lfu, "gdsf": Gdsf}
+_WITH_OPTIONS: Final[dict[str, Callable[[Options], EvictionPolicy]]] = {
+    "chameleon": lambda options: Chameleon(_with_options(ChameleonWeights(), options)),
+    "fairshare": lambda options: Chameleon(_with_options(FAIRSHARE, options)),
+    "cost": lambda options: _with_options(Cost(), options),
+}
+EVICTION_NAMES: Final = (*_FIXED, *_WITH_OPTIONS)
 
 
-@dataclass(frozen=True, slots=True)
-class ChameleonWeights:
-    """The score's coefficients (paper) and its normalisation (open in the paper)."""
+def build_eviction(name: str, options: Options | None = None) -> EvictionPolicy:
+    """The policy of that name, with its default parameters but for the options.
 
-    frequency: float = 0.45
-    recency: float = 0.10
-    size: float = 0.45
-    window_s: float = 300.0  # the paper's refresh period
-    recency_s: float = 30.0  # age at which recency has fallen to a half
-
-
-@dataclass(frozen=True, slots=True)
-class Chameleon:
-    """Frequent, recent and large adapters stay."""
-
-    weights: ChameleonWeights = ChameleonWeights()
-
-    @property
-    def window_s(self) -> float:
-        """Length of the windows in which uses are counted."""
-        return self.weights.window_s
-
-    def scores(self, idle: Sequence[Usage], *, now: float) -> list[float]:
-        """The weighted sum of the three normalised terms."""
-        if not idle:
-            return []
-        weights = self.weights
-        uses = [self._recent_uses(usage, now) for usage in idle]
-        uses_max = max(uses) or 1.0
-        blocks_max = max(usage.blocks for usage in idle) or 1
-        return [
-            weights.frequency * used / uses_max
-            + weights.recency / (1.0 + max(0.0, now - usage.last_used_s) / weights.recency_s)
-            + weights.size * usage.blocks / blocks_max
-            for usage, used in zip(idle, uses, strict=True)
-        ]
-
-    def _recent_uses(self, usage: Usage, now: float) -> float:
-        window, elapsed_s = divmod(now, self.window_s)
-        fading = 1.0 - elapsed_s / self.window_s
-        windows_ago = int(window) - usage.window
-        if windows_ago <= 0:
-            return usage.uses + fading * usage.uses_before
-        return fading * usage.uses if windows_ago == 1 else 0.0
+    Raises ValueError for an unknown name or option, or a value that an option cannot have.
+    """
+    if name in _FIXED:
+        if options:
+            raise ValueError(f"eviction policy {name!r} has no options, got {', '.join(options)}")
+        return _FIXED[name]()
+    if name not in _WITH_OPTIONS:
+        raise ValueError(f"unknown eviction policy {name!r}, have {', '.join(EVICTION_NAMES)}")
+    return _WITH_OPTIONS[name](options or {})
 
 
-def build_eviction(name: str) -> EvictionPolicy:
-    """The policy of that name, with its default parameters."""
-    policies: dict[str, EvictionPolicy] = {"lru": Lru(), "chameleon": Chameleon()}
-    if name not in policies:
-        raise ValueError(f"unknown eviction policy {name!r}, have {', '.join(policies)}")
-    return policies[name]
+def _with_options(values: T, options: Options) -> T:
+    """The values with those options, each a number or one of a few words."""
+    hints = get_type_hints(type(values))
+    settable = {one.name: hints[one.name] for one in fields(values)}
+    given: dict[str, Any] = {}
+    for name, text in options.items():
+        if name not in settable:
+            raise ValueError(f"unknown eviction option {name!r}, have {', '.join(settable)}")
+        kind = settable[name]
+        given[name] = _number(name, text) if kind is float else _word(name, text, get_args(kind))
+    return replace(values, **given)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    least = math.ulp(0.0) if name.endswith("window_s") or name == "recency_s" else 0.0
+    if not least <= value < math.inf:
+        above = "above" if least else "of at least"
+        raise ValueError(f"eviction option {name} must be a number {above} 0, not {text!r}")
+    return value
+
+
+def _word(name: str, text: str, words: tuple[str, ...]) -> str:
+    if text not in words:
+        raise ValueError(f"eviction option {name} must be {' or '.join(words)}, not {text!r}")
+    return text

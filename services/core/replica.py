@@ -15,9 +15,10 @@ Rules:
   Where the maximum is reserved, nobody is ever preempted.
 - Of adapters that must be downloaded, `max_loads` are under way at once. One in host memory does
   not wait for them: a store that hangs holds back nobody who does not need it.
-- Hints are loaded while nobody waits for memory, into blocks that are not promised and that no
-  wanted adapter holds.
+- Pinned and hinted adapters are loaded while nobody waits for memory (`prefetch`).
 - Without `keeps_idle_adapters`, adapters go when a request has left them without a user.
+- While an adapter is coming, the prompts that wait for it are computed as far as its layers are
+  here (`layerwise`). If its load then fails, whoever is in the outstanding step fails after it.
 - Failed loads are not repeated here: whoever does the I/O knows what is worth a retry.
 - The engine ends a request at its `max_output_tokens` and at `max_context_tokens`.
 - What steps and loads cost is learned from the time between a decision and its answer (`costfit`).
@@ -33,12 +34,14 @@ from services.core.costfit import CostFit
 from services.core.costs import StepCosts
 from services.core.decisions import EndRequest, ExpireRequest, FailRequest, ReplicaDecision
 from services.core.events import (
+    AdapterDropped,
     AdapterLoaded,
     AdapterLoadFailed,
     AdapterProgressed,
     AdaptersWanted,
     HostCacheChanged,
     LoadFailure,
+    PinsChanged,
     ReplicaEvent,
     RequestAborted,
     RequestDispatched,
@@ -47,12 +50,13 @@ from services.core.events import (
 )
 from services.core.eviction import build_eviction
 from services.core.ledger import can_ever_fit
-from services.core.memory import SPARE_ALL, DeviceMemory, hint_urgency, waiting_urgency
+from services.core.memory import DeviceMemory
+from services.core.prefetch import LoadsAhead
 from services.core.roster import Roster
 from services.core.sequence import Sequence
 from services.core.snapshots import ReplicaSnapshot
 from services.core.timers import Timers
-from services.core.types import Adapter, AdapterDigest, Attempt, Capacity, Request
+from services.core.types import AdapterDigest, Attempt, Capacity, Request
 
 __all__ = ["ReplicaConfig", "ReplicaScheduler", "ReplicaSnapshot"]
 
@@ -70,34 +74,43 @@ class ReplicaScheduler:
         self._capacity = capacity
         self._roster = Roster()
         self._memory = DeviceMemory(
-            capacity, build_eviction(config.eviction), wanted=self._urgency_of
+            capacity,
+            build_eviction(config.eviction, dict(config.eviction_options)),
+            wanted=self._urgency_of,
+            cool_down_s=config.cool_down_s,
         )
+        self._ahead = LoadsAhead(config, self._memory, self._roster)
         self._admission = Admission(config, self._memory, self._roster)
         self._batching = Batching(config, self._memory, self._roster)
         self._fit = CostFit(prior or StepCosts())
         self._step: Step | None = None
-        self._hints: tuple[Adapter, ...] = ()
-        self._hint_ranks: dict[AdapterDigest, int] = {}
+        self._failures: list[AdapterLoadFailed] = []  # of adapters that the step uses
         self._deadlines: Timers[Attempt] = Timers()
         self._out: list[ReplicaDecision] = []
 
-    def handle(self, event: ReplicaEvent, *, now: float) -> list[ReplicaDecision]:
+    def handle(  # noqa: C901 - one case each
+        self, event: ReplicaEvent, *, now: float
+    ) -> list[ReplicaDecision]:
         """Take in what happened; return what to do, in order."""
         match event:
             case RequestDispatched(request):
                 self._on_dispatched(request, now=now)
             case RequestAborted(attempt):
                 self._leave(attempt, EndRequest(attempt), now=now)
-            case AdapterProgressed():
-                pass
+            case AdapterProgressed(digest, layers):
+                self._on_progressed(digest, layers, now=now)
             case AdapterLoaded(digest):
                 self._on_loaded(digest, now=now)
             case AdapterLoadFailed():
                 self._on_load_failed(event, now=now)
             case AdaptersWanted(adapters):
-                self._set_hints(adapters[: self._config.max_hints])
+                self._ahead.set_hints(adapters)
+            case PinsChanged(pins):
+                self._ahead.set_pins(pins)
+            case AdapterDropped(digest):
+                self._ahead.drop(digest)
             case HostCacheChanged(digests):
-                self._memory.near = digests
+                self._memory.set_near(digests)
                 self._admission.reconsider()
             case StepFinished():
                 self._on_step_finished(event, now=now)
@@ -111,8 +124,7 @@ class ReplicaScheduler:
             self._leave(attempt, ExpireRequest(attempt), now=now)
         is_stepping = self._step is not None
         self._out.extend(self._admission.admit(is_stepping=is_stepping, now=now))
-        if self._hints:
-            self._load_hints(now)
+        self._out.extend(self._ahead.load(now=now))
         if not is_stepping:
             decisions, self._step = self._batching.form(self._fit.costs, now=now)
             self._out.extend(decisions)
@@ -121,7 +133,9 @@ class ReplicaScheduler:
 
     def next_deadline(self) -> float | None:
         """When `tick` must be called if nothing happens before."""
-        return self._deadlines.next_s()
+        step_s = self._batching.next_s if self._step is None else None
+        due_s = (self._deadlines.next_s(), self._ahead.next_s, step_s)
+        return min((at_s for at_s in due_s if at_s is not None), default=None)
 
     @property
     def costs(self) -> StepCosts | None:
@@ -139,7 +153,8 @@ class ReplicaScheduler:
             evictable_blocks=memory.cache.evictable_blocks,
             running=running,
             loading=len(self._roster) - running,
-            resident=memory.cache.resident(),
+            resident=memory.cache.resident(self._ahead.pin_reasons),
+            cache=memory.cache.counts,
         )
 
     def announcements(self) -> tuple[RunningRequest, ...]:
@@ -155,7 +170,8 @@ class ReplicaScheduler:
         for sequence in self._roster.admitted:
             assert sequence.attempt in self._memory.ledger
             assert sequence.held_tokens == sequence.held_blocks * self._capacity.block_tokens
-            assert sequence.computed_tokens <= sequence.held_tokens
+            assert sequence.computed_tokens + sequence.chunk_tokens <= sequence.held_tokens
+            assert sequence.passed_layers <= self._capacity.num_layers
         held_blocks = sum(sequence.held_blocks for sequence in self._roster.admitted)
         assert held_blocks == self._memory.pool.kv_blocks
         if self._step is None and self._memory.cache.loading == 0:
@@ -176,19 +192,29 @@ class ReplicaScheduler:
             message = f"request needs more than this worker's {self._capacity.pool_blocks} blocks"
             self._out.append(FailRequest(attempt, LoadFailure.TOO_LARGE, message))
             return
+        self._ahead.note_request(request.adapter, now=now)
         self._roster.add(request)
         self._admission.reconsider()
         if request.deadline_s is not None:
             self._deadlines.set(attempt, at_s=request.deadline_s)
 
+    def _on_progressed(self, digest: AdapterDigest, layers: int, *, now: float) -> None:
+        """The last layers are told of by AdapterLoaded, so `layers` that are all say nothing."""
+        cache = self._memory.cache
+        if digest not in cache or cache.is_loaded(digest):
+            return
+        if 0 < layers < self._capacity.num_layers and self._config.stepping != "whole":
+            self._roster.progress(digest, cache.progress(digest, layers, now=now))
+
     def _on_loaded(self, digest: AdapterDigest, *, now: float) -> None:
         cache = self._memory.cache
         if digest not in cache or cache.is_loaded(digest):
             return
-        entry = cache.end_load(digest)
+        entry = cache.end_load(digest, now=now)
         if entry.near_load_s is not None:
             size_bytes = entry.adapter.size_bytes
             self._fit.learn_load(size_bytes, began_s=entry.near_load_s, ended_s=now)
+            cache.learn_load_byte_s(self._fit.costs.load_byte_s)
         self._roster.end_load(digest)
         self._admission.reconsider()
 
@@ -196,17 +222,16 @@ class ReplicaScheduler:
         cache = self._memory.cache
         if event.digest not in cache or cache.is_loaded(event.digest):
             return
+        if self._step is not None and self._step.uses(event.digest):
+            self._failures.append(event)
+            return
         for sequence in self._roster.all():
             if sequence.digest == event.digest:
                 failure = FailRequest(sequence.attempt, event.failure, event.message)
                 self._remove(sequence, failure, now=now)
-        self._set_hints(tuple(hint for hint in self._hints if hint.digest != event.digest))
+        self._ahead.note_failed(event.digest, now=now)
         self._memory.drop(event.digest)
         self._admission.reconsider()
-
-    def _set_hints(self, hints: tuple[Adapter, ...]) -> None:
-        self._hints = hints
-        self._hint_ranks = {hint.digest: rank for rank, hint in reversed([*enumerate(hints)])}
 
     def _on_step_finished(self, event: StepFinished, *, now: float) -> None:
         assert self._step is not None, "no step is outstanding"
@@ -215,12 +240,15 @@ class ReplicaScheduler:
         for sequence in step.decodes:
             sequence.finish_step(1, has_sampled=sequence.request_id in sampled, now=now)
         for sequence, work in step.chunks:
+            if work.until_layer is not None:
+                sequence.finish_part(work.until_layer)
+                continue
             has_sampled = sequence.request_id in sampled
             sequence.finish_step(work.tokens, has_sampled=has_sampled, now=now)
             if sequence.uncomputed_tokens <= 1:
                 self._roster.end_prompt(sequence)
                 self._admission.reconsider()
-        if ended <= sampled:  # nobody failed
+        if ended <= sampled and step.is_whole:  # nobody failed
             self._fit.learn_step(step.shape, now - step.began_s)
         for sequence, samples in step.due():
             if sequence.request_id in ended:
@@ -229,6 +257,9 @@ class ReplicaScheduler:
                 self._leave(sequence.attempt, sequence.leave_as, now=now)
             else:
                 assert samples == (sequence.request_id in sampled), "a due token is missing"
+        failures, self._failures = self._failures, []
+        for failure in failures:
+            self._on_load_failed(failure, now=now)
         loads = self._admission.finish_step(has_decodes=bool(step.decodes), now=now)
         self._out.extend(loads)
 
@@ -251,28 +282,7 @@ class ReplicaScheduler:
         if sequence.is_admitted:
             self._memory.release(sequence, now=now)
             if not self._config.keeps_idle_adapters:
-                self._out.extend(self._memory.drop_abandoned())
-
-    # --- loads ahead ------------------------------------------------------------------------
-
-    def _load_hints(self, now: float) -> None:
-        cache = self._memory.cache
-        loads = min(self._config.max_hint_loads, self._config.max_loads)
-        for adapter in self._hints:
-            if self._roster.waiting or cache.loading >= loads:
-                return
-            if adapter.digest in cache:
-                continue
-            if self._capacity.adapter_blocks(adapter) > self._memory.unpromised_blocks(self._hints):
-                return
-            decisions = self._memory.load(adapter, spare=SPARE_ALL, now=now)
-            if decisions is None:
-                return
-            self._out.extend(decisions)
+                self._out.extend(self._memory.drop_abandoned(self._ahead.pin_reasons))
 
     def _urgency_of(self, digest: AdapterDigest) -> Urgency | None:
-        sequence = self._roster.first_wanting(digest)
-        if sequence is not None:
-            return waiting_urgency(sequence.order)
-        rank = self._hint_ranks.get(digest)
-        return None if rank is None else hint_urgency(rank)
+        return self._ahead.urgency_of(digest)

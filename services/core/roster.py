@@ -1,8 +1,8 @@
 """The requests at a worker, in order of arrival: who waits, who is admitted, who can be in a step.
 
 An admitted sequence is in one of three places: `decoding` (one token is due), `prompts` (more are)
-or, until its adapter is there, in neither. The lists are kept as things happen, so that a step
-looks at nobody who has not changed.
+or, until its adapter is there, in neither; it is `early` once the adapter's first layers are there.
+The lists are kept as things happen, so that a step looks at nobody who has not changed.
 """
 
 from bisect import bisect_left, insort
@@ -20,6 +20,7 @@ class Roster:
         self.admitted: list[Sequence] = []
         self.decoding: list[Sequence] = []
         self.prompts: list[Sequence] = []
+        self.early: list[Sequence] = []  # their adapters are coming, with some layers here
         self.decode_ranks = 0  # of the decoding ones' adapters, together
         self._decodes: tuple[StepWork, ...] | None = None  # None: `decoding` has changed
         self._awaiting: dict[AdapterDigest, list[Sequence]] = {}  # admitted, adapter not here
@@ -70,20 +71,29 @@ class Roster:
         self._latest[sequence.request_id] = sequence
         self._wait(sequence)
 
-    def admit(self, sequence: Sequence, *, is_ready: bool) -> None:
-        """It waits no more; it can be in a step if its adapter `is_ready`."""
+    def admit(self, sequence: Sequence, *, ready_layers: int | None) -> None:
+        """It waits no more; it can be in a step as far as its adapter is ready; None: it is all."""
         self._end_wait(sequence)
         sequence.is_admitted = True
         insort(self.admitted, sequence, key=_order)
-        if is_ready:
+        if ready_layers is None:
             self._enter_steps(sequence)
         else:
             assert sequence.digest is not None
             self._awaiting.setdefault(sequence.digest, []).append(sequence)
+            self._set_ready(sequence, ready_layers)
+
+    def progress(self, digest: AdapterDigest, ready_layers: int) -> None:
+        """So many layers of a coming adapter are here: those admitted for it can use them."""
+        for sequence in self._awaiting.get(digest, ()):
+            self._set_ready(sequence, ready_layers)
 
     def end_load(self, digest: AdapterDigest) -> None:
         """The adapter is here: those admitted for it can be in a step."""
         for sequence in self._awaiting.pop(digest, ()):
+            if sequence.ready_layers:
+                _take_out(self.early, sequence)
+            sequence.ready_layers = None
             self._enter_steps(sequence)
 
     def end_prompt(self, sequence: Sequence) -> None:
@@ -115,6 +125,9 @@ class Roster:
         assert self.admitted == [one for one in both if one.is_admitted]
         awaiting = [one for group in self._awaiting.values() for one in group]
         assert sorted([*self.decoding, *self.prompts, *awaiting], key=_order) == self.admitted
+        assert self.early == sorted((one for one in awaiting if one.ready_layers), key=_order)
+        assert all(one.ready_layers is not None for one in awaiting)
+        assert all(one.ready_layers is None for one in [*self.decoding, *self.prompts])
         assert all(one.uncomputed_tokens == 1 for one in self.decoding)
         assert all(one.uncomputed_tokens > 1 for one in self.prompts)
         assert self.decode_ranks == sum(one.rank for one in self.decoding)
@@ -135,6 +148,11 @@ class Roster:
         if sequence.digest is not None:
             _take_from_group(self._wanting, sequence.digest, sequence)
 
+    def _set_ready(self, sequence: Sequence, layers: int) -> None:
+        if layers and not sequence.ready_layers:
+            insort(self.early, sequence, key=_order)
+        sequence.ready_layers = layers
+
     def _enter_steps(self, sequence: Sequence) -> None:
         if sequence.uncomputed_tokens > 1:
             insort(self.prompts, sequence, key=_order)
@@ -147,6 +165,8 @@ class Roster:
         _take_out(self.admitted, sequence)
         if sequence.digest is not None and sequence.digest in self._awaiting:
             _take_from_group(self._awaiting, sequence.digest, sequence)
+            if sequence.ready_layers:
+                _take_out(self.early, sequence)
         elif sequence.uncomputed_tokens > 1:
             _take_out(self.prompts, sequence)
         else:

@@ -10,10 +10,15 @@ class Sequence:
     """Known tokens are the context and what was sampled here; computed ones are in the KV cache.
 
     What never changes is kept beside the request, because steps ask for it all the time.
+
+    While its adapter is coming, `ready_layers` says how far; None: all of it is here. A chunk that
+    was begun with part of the layers stays `chunk_tokens` long until it has passed them all; only
+    then are its tokens computed.
     """
 
     __slots__ = (
         "attempt",
+        "chunk_tokens",
         "computed_tokens",
         "decode",
         "digest",
@@ -25,8 +30,10 @@ class Sequence:
         "known_tokens",
         "leave_as",
         "order",
+        "passed_layers",
         "promised_blocks",
         "rank",
+        "ready_layers",
         "request",
         "request_id",
     )
@@ -41,6 +48,9 @@ class Sequence:
         self.decode = StepWork(self.request_id, 1, samples=True)  # its work in every decode step
         self.known_tokens = request.context_tokens
         self.computed_tokens = 0
+        self.chunk_tokens = 0  # of the chunk that has passed some layers; 0: there is none
+        self.passed_layers = 0  # by that chunk
+        self.ready_layers: int | None = None
         self.held_blocks = 0  # of KV cache
         self.held_tokens = 0  # that they have room for
         self.promised_blocks = 0
@@ -73,8 +83,16 @@ class Sequence:
         tokens = self.known_tokens + self.reserved_tokens(reserve)
         return need_of_tokens(tokens, self.request.adapter, capacity)
 
+    def finish_part(self, until_layer: int) -> None:
+        """A step computed its chunk up to that layer."""
+        assert self.chunk_tokens
+        assert self.passed_layers < until_layer
+        self.passed_layers = until_layer
+
     def finish_step(self, tokens: int, *, has_sampled: bool, now: float) -> None:
         """A step computed so many of its tokens and perhaps sampled one more."""
+        assert self.chunk_tokens in {0, tokens}
+        self.chunk_tokens = self.passed_layers = 0
         self.computed_tokens += tokens
         if has_sampled:
             self.known_tokens += 1
@@ -89,7 +107,8 @@ class Sequence:
 
     def restart(self) -> None:
         """Its KV cache is gone: all known tokens are to be computed again."""
-        self.computed_tokens = 0
+        self.computed_tokens = self.chunk_tokens = self.passed_layers = 0
+        self.ready_layers = None
         self.held_blocks = self.held_tokens = self.promised_blocks = 0
         self.is_admitted = False
         self.is_started = False

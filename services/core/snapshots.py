@@ -80,6 +80,18 @@ class ClusterSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheCounts:
+    """What a worker's adapter cache came to since it started. The counts only grow."""
+
+    hits: int = 0  # admitted requests whose adapter was in device memory
+    misses: int = 0  # admitted requests whose adapter was not, or still loading
+    evictions: int = 0
+    prefetches: int = 0  # loads begun ahead of any request that is here
+    prefetch_hits: int = 0  # of those, used by a request
+    prefetch_wastes: int = 0  # of those, gone without a use
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaSnapshot:
     """What a worker holds. kv, adapter and free blocks add up to the pool."""
 
@@ -90,3 +102,4 @@ class ReplicaSnapshot:
     running: int  # requests with an open sequence
     loading: int  # requests that wait for their adapter or for memory
     resident: tuple[ResidentAdapter, ...]
+    cache: CacheCounts = CacheCounts()

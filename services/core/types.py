@@ -20,6 +20,14 @@ class Adapter:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """An adapter that should stay in device memory, and why: as whoever pinned it says."""
+
+    adapter: Adapter
+    reason: str
+
+
 class Attempt(NamedTuple):
     """One submission of a request. A later attempt supersedes an earlier one.
 

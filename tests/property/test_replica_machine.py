@@ -11,8 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from services.core import decisions as do
 from services.core import events as on
+from services.core.costs import StepCosts
+from services.core.eviction import EVICTION_NAMES
 from services.core.replica import ReplicaConfig, ReplicaScheduler
-from services.core.types import Adapter, AdapterDigest, Attempt, Capacity, RequestId, Reserve
+from services.core.types import Adapter, AdapterDigest, Attempt, Capacity, Pin, RequestId, Reserve
 from tests.unit.core.core_world import CheckingEngine, adapter, request
 
 ADAPTERS = [adapter(f"a{index}", blocks=1 + 3 * index) for index in range(6)]
@@ -31,6 +33,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         blocks=st.integers(20, 45),
         block_tokens=st.sampled_from([1, 10]),
         slots=st.integers(1, 6),
+        num_layers=st.sampled_from([0, 1, 2, 8, 30]),
         budget=st.integers(1, 64),
         loads=st.integers(1, 3),
         near=st.frozensets(st.sampled_from([one.digest for one in ADAPTERS])),
@@ -41,7 +44,10 @@ class ReplicaMachine(RuleBasedStateMachine):
                 "admission_every_steps": st.sampled_from([1, 3, 10]),
                 "reserve": st.sampled_from(Reserve),
                 "keeps_idle_adapters": st.booleans(),
-                "eviction": st.sampled_from(["lru", "chameleon"]),
+                "eviction": st.sampled_from(EVICTION_NAMES),
+                "pin_share": st.sampled_from([0.5, 1.0]),
+                "forecast_s": st.sampled_from([0.0, 4.0]),
+                "overlap_min_share": st.sampled_from([0.01, 0.25, 1.0]),
             }
         ),
     )
@@ -51,6 +57,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         blocks: int,
         block_tokens: int,
         slots: int,
+        num_layers: int,
         budget: int,
         loads: int,
         near: frozenset[AdapterDigest],
@@ -63,12 +70,26 @@ class ReplicaMachine(RuleBasedStateMachine):
             max_hint_loads=min(loads, 2),
             **options,
         )
-        limits = Capacity(blocks * 10 // block_tokens, 100 * block_tokens, block_tokens, slots, 300)
-        self.replica = ReplicaScheduler(config, limits)
-        self.twin = ReplicaScheduler(config, limits)
-        self.engine = CheckingEngine(limits, config)
+        self.start(
+            config,
+            Capacity(
+                blocks * 10 // block_tokens,
+                100 * block_tokens,
+                block_tokens,
+                slots,
+                300,
+                num_layers,
+            ),
+        )
         self.engine.near = near
         self.handle(on.HostCacheChanged(near))
+
+    def start(
+        self, config: ReplicaConfig, limits: Capacity, *, prior: StepCosts | None = None
+    ) -> None:
+        self.replica = ReplicaScheduler(config, limits, prior=prior)
+        self.twin = ReplicaScheduler(config, limits, prior=prior)
+        self.engine = CheckingEngine(limits, config)
 
     def handle(self, event: on.ReplicaEvent) -> None:
         decisions = self.replica.handle(event, now=self.now)
@@ -123,10 +144,26 @@ class ReplicaMachine(RuleBasedStateMachine):
     def hint(self, wanted: list[Adapter]) -> None:
         self.handle(on.AdaptersWanted(tuple(wanted)))
 
+    @rule(pinned=st.lists(st.sampled_from(ADAPTERS), max_size=6))
+    def pin(self, pinned: list[Adapter]) -> None:
+        self.handle(on.PinsChanged(tuple(Pin(one, "operator") for one in pinned)))
+
+    @rule(dropped=st.sampled_from(ADAPTERS))
+    def drop(self, dropped: Adapter) -> None:
+        self.handle(on.AdapterDropped(dropped.digest))
+
     @rule(near=st.frozensets(st.sampled_from([one.digest for one in ADAPTERS])))
     def change_host_cache(self, near: frozenset[AdapterDigest]) -> None:
         self.engine.near = near
         self.handle(on.HostCacheChanged(near))
+
+    @precondition(lambda self: self.engine.loading and self.engine.limits.num_layers)
+    @rule(data=st.data(), share=st.floats(0.0, 1.0), after_s=st.sampled_from([0.0, 0.05, 1.0]))
+    def progress_load(self, data: st.DataObject, share: float, after_s: float) -> None:
+        self.now += after_s
+        digest = data.draw(st.sampled_from(sorted(self.engine.loading)))
+        layers = round(share * self.engine.limits.num_layers)
+        self.handle(self.engine.progress(digest, layers))
 
     @precondition(lambda self: self.engine.loading)
     @rule(data=st.data(), fails=st.integers(0, 4))
@@ -183,7 +220,58 @@ class ReplicaMachine(RuleBasedStateMachine):
         assert set(self.engine.left) == set(self.dispatched)
 
 
-ReplicaMachine.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=40, deadline=None, derandomize=True
-)
+class OverlapMachine(ReplicaMachine):
+    """Slow loads, whose layers are used as they come: steps here take next to nothing."""
+
+    @initialize(
+        blocks=st.integers(20, 60),
+        num_layers=st.sampled_from([2, 8, 30]),
+        target_s=st.sampled_from([0.001, 0.01, 0.1]),
+        options=st.fixed_dictionaries(
+            {
+                "stepping": st.sampled_from(["target", "chunked"]),
+                "prefill_tokens_per_step": st.sampled_from([8, 64, 1000]),
+                "min_prefill_tokens": st.sampled_from([1, 16]),
+                "admission": st.sampled_from(["promise", "promise", "slora"]),
+                "reserve": st.sampled_from([Reserve.MAX, Reserve.PREDICTED]),
+                "keeps_idle_adapters": st.booleans(),
+                "overlap_min_share": st.sampled_from([0.01, 0.25, 0.25, 1.0]),
+            }
+        ),
+    )
+    def build(
+        self, *, blocks: int, num_layers: int, target_s: float, options: dict[str, Any]
+    ) -> None:
+        config = ReplicaConfig(tbt_target_s=target_s, step_limit_s=10 * target_s, **options)
+        prior = StepCosts(step_s=0.0, prefill_token_s=1e-4, prefill_rank_token_s=0.0)
+        self.start(config, Capacity(blocks, 1000, 10, 6, 300, num_layers), prior=prior)
+
+    @precondition(lambda self: self.engine.loading)
+    @rule(data=st.data(), steps=st.lists(st.booleans(), min_size=1, max_size=5))
+    def load_by_layers(self, data: st.DataObject, steps: list[bool]) -> None:
+        """In as many parts as there are steps to end, or not, after them."""
+        digest = data.draw(st.sampled_from(sorted(self.engine.loading)))
+        for index, ends_step in enumerate(steps, start=1):
+            self.now += 1.0
+            had_layers = self.engine.ready.get(digest, 0)
+            layers = index * self.engine.limits.num_layers // (len(steps) + 1)
+            self.handle(self.engine.progress(digest, layers))
+            if layers > had_layers:
+                self.uses_what_came(digest)
+            if ends_step and self.engine.step is not None:
+                self.handle(self.engine.finish_step(self.outputs))
+
+    def uses_what_came(self, digest: AdapterDigest) -> None:
+        """Where nothing else runs, a prompt that has begun goes on as far as it can."""
+        if self.engine.step is not None:
+            return
+        for current, (_, passed) in self.engine.parts.items():
+            using = self.engine.known[current][0].adapter
+            assert using is None or using.digest != digest or passed == self.engine.ready[digest]
+
+
+MACHINE = settings(max_examples=300, stateful_step_count=40, deadline=None, derandomize=True)
+ReplicaMachine.TestCase.settings = MACHINE
+OverlapMachine.TestCase.settings = MACHINE
 TestReplicaMachine = ReplicaMachine.TestCase
+TestOverlapMachine = OverlapMachine.TestCase

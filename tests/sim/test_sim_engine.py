@@ -63,3 +63,28 @@ def test_a_step_takes_the_same_time_and_samples_the_same_requests_in_both() -> N
         assert set(simulated.end_step().sampled) == expected
         for name in expected:
             known[name] += 1
+
+
+def test_parts_of_a_chunk_take_the_same_time_in_both() -> None:
+    """Beside another's prompt, alone, and the rest beside a decode."""
+    rounds: tuple[tuple[tuple[str, int, int | None], ...], ...] = (
+        (("r1", 80, None), ("r0", 200, 8)),
+        (("r0", 200, 20),),
+        (("r1", 1, None), ("r0", 200, None)),
+    )
+    times_s: list[float] = []
+    live = live_engine(times_s)
+    simulated = Engine(Hardware(PROFILE), seed="0")
+    for index, tokens in enumerate(PROMPTS.values()):
+        one = arrival(0.0, prompt_tokens=tokens, output_tokens=50)
+        client = Client(index, one, Prediction(50, 50), 50)
+        simulated.open(live_of(Work(client.request(), client)))
+    for items in rounds:
+        results = live.step([StepItem(*item) for item in items])
+        work = [
+            StepWork(RequestId(name), tokens, samples=until_layer is None, until_layer=until_layer)
+            for name, tokens, until_layer in items
+        ]
+        assert simulated.begin_step(work) == pytest.approx(times_s[-1])
+        expected = {one.sequence_id for one in results if isinstance(one, SampledToken)}
+        assert set(simulated.end_step().sampled) == expected

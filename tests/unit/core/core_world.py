@@ -93,6 +93,9 @@ class CheckingEngine:
         self.near: frozenset[AdapterDigest] = frozenset()  # in host memory, as the replica is told
         self.known: dict[Attempt, tuple[Request, int]] = {}  # dispatched here, with known tokens
         self.open: dict[Attempt, int] = {}  # computed tokens
+        self.ready: dict[AdapterDigest, int] = {}  # layers here of those that are loading
+        # Tokens of a chunk that has not passed all layers, and how many it has passed.
+        self.parts: dict[Attempt, tuple[int, int]] = {}
         self.step: tuple[do.StepWork, ...] | None = None
         self.left: dict[Attempt, do.ReplicaDecision] = {}
         self.generated: dict[Attempt, int] = {}  # by those that have left
@@ -122,11 +125,12 @@ class CheckingEngine:
                     assert started not in self.open
                     assert self.step is None
                     using = self.known[started][0].adapter
-                    assert using is None or using.digest in self.loaded
+                    assert using is None or using.digest in self.loaded or self.ready[using.digest]
                     self.open[started] = 0
                 case do.PreemptRequest(preempted):
                     assert self.step is None
                     del self.open[preempted]
+                    self.parts.pop(preempted, None)
                     self.preemptions += 1
                 case do.EndRequest(gone) | do.ExpireRequest(gone) | do.FailRequest(gone):
                     self._leave(gone, decision)
@@ -143,6 +147,10 @@ class CheckingEngine:
         self.sampled = []
         for work in self.step:
             current = self._open_attempt(work.request_id)
+            if work.until_layer is not None:
+                self.parts[current] = (work.tokens, work.until_layer)
+                continue
+            self.parts.pop(current, None)
             self.open[current] += work.tokens
             if work.samples:
                 source, tokens = self.known[current]
@@ -155,43 +163,71 @@ class CheckingEngine:
         self.step = None
         return on.StepFinished(tuple(sampled), tuple(ended))
 
+    def progress(self, digest: AdapterDigest, layers: int) -> on.AdapterProgressed:
+        self.ready[digest] = max(layers, self.ready.get(digest, 0))
+        return on.AdapterProgressed(digest, layers)
+
     def finish_load(self, digest: AdapterDigest) -> on.AdapterLoaded:
+        self.ready.pop(digest, None)
         self.loaded[digest] = self.loading.pop(digest)
         return on.AdapterLoaded(digest)
 
     def fail_load(self, digest: AdapterDigest) -> on.AdapterLoadFailed:
         del self.loading[digest]
+        self.ready.pop(digest, None)
         return on.AdapterLoadFailed(digest, on.LoadFailure.UNAVAILABLE, "store down")
 
     def _begin(self, steps: tuple[do.StepWork, ...]) -> None:
         assert self.step is None, "one RunStep at most is outstanding"
         assert steps
         assert len({work.request_id for work in steps}) == len(steps)
-        in_step, prefill_tokens, seen_prefill = set(), 0, False
+        in_step, prefill_tokens, seen_prefill = set(), 0.0, False
         for work in steps:
             current = self._open_attempt(work.request_id)
             in_step.add(current)
             due = self.known[current][1] - self.open[current]
             assert 1 <= work.tokens <= due
-            assert work.samples == (work.tokens == due)
-            if due > 1:
+            assert work.samples == (work.tokens == due and work.until_layer is None)
+            is_prompt = due > 1 or work.until_layer is not None
+            if is_prompt:
                 seen_prefill = True
-                prefill_tokens += work.tokens
-            assert due > 1 or not seen_prefill, "decodes come first"
+                prefill_tokens += work.tokens * self._share(current, work)
+            assert is_prompt or not seen_prefill, "decodes come first"
         if self.config.stepping == "chunked":
-            assert prefill_tokens <= self.config.prefill_tokens_per_step
+            assert prefill_tokens <= self.config.prefill_tokens_per_step + 1e-6
         if self.config.stepping == "whole" and seen_prefill:
+            assert all(work.until_layer is None for work in steps)
             self.step = steps
             return
         decoding = {a for a in self.open if self.known[a][1] - self.open[a] == 1}
+        decoding = {a for a in decoding if self._has_adapter(a)}
         assert decoding <= in_step, "a step leaves out no decode"
         self.step = steps
+
+    def _share(self, current: Attempt, work: do.StepWork) -> float:
+        """The share of layers that a work passes, after a look at whether it may."""
+        num_layers = self.limits.num_layers
+        tokens, passed = self.parts.get(current, (work.tokens, 0))
+        assert work.tokens == tokens, "a chunk keeps its tokens until it has passed all layers"
+        if work.until_layer is None:
+            assert self._has_adapter(current)
+            return (num_layers - passed) / num_layers if passed else 1.0
+        assert passed < work.until_layer < num_layers
+        using = self.known[current][0].adapter
+        assert using is not None
+        assert using.digest in self.loaded or work.until_layer <= self.ready[using.digest]
+        return (work.until_layer - passed) / num_layers
+
+    def _has_adapter(self, current: Attempt) -> bool:
+        using = self.known[current][0].adapter
+        return using is None or using.digest in self.loaded
 
     def _leave(self, gone: Attempt, decision: do.ReplicaDecision) -> None:
         assert gone not in self.left, "a request leaves once"
         if self.step is not None and gone in self.open:
             assert all(work.request_id != gone.request_id for work in self.step)
         self.open.pop(gone, None)
+        self.parts.pop(gone, None)
         if gone in self.known:
             source, tokens = self.known.pop(gone)
             self.generated[gone] = tokens - source.context_tokens
@@ -207,9 +243,9 @@ class CheckingEngine:
         return {used.digest for used in users if used is not None}
 
     def _check_memory(self) -> None:
-        tokens = dict(self.open)
-        for work in self.step or ():
-            tokens[self._open_attempt(work.request_id)] += work.tokens
+        chunks = {current: tokens for current, (tokens, _) in self.parts.items()}
+        chunks |= {self._open_attempt(work.request_id): work.tokens for work in self.step or ()}
+        tokens = {current: held + chunks.get(current, 0) for current, held in self.open.items()}
         blocks = sum(self.limits.kv_blocks(held) for held in tokens.values())
         for held in [*self.loaded.values(), *self.loading.values()]:
             blocks += self.limits.adapter_blocks(held)

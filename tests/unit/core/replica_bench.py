@@ -56,6 +56,13 @@ class Bench:
         self.engine.near = frozenset(one.digest for one in adapters)
         self.handle(HostCacheChanged(self.engine.near))
 
+    def progress(
+        self, coming: Adapter, layers: int, *, after_s: float = 1.0
+    ) -> list[ReplicaDecision]:
+        """So many layers of a coming adapter can be used, that time later."""
+        self.now += after_s
+        return self.handle(self.engine.progress(coming.digest, layers))
+
     def load_all(self) -> None:
         while self.engine.loading:
             self.handle(self.engine.finish_load(next(iter(self.engine.loading))))

@@ -183,5 +183,5 @@ def test_chameleon_forgets_uses_of_windows_long_past() -> None:
 
 
 def test_an_unknown_eviction_policy_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="unknown eviction policy 'mru', have lru, chameleon"):
+    with pytest.raises(ValueError, match="unknown eviction policy 'mru', have lru, lfu,"):
         build_eviction("mru")

@@ -10,6 +10,7 @@ from services.core.config import ReplicaConfig
 from services.core.decisions import (
     EndRequest,
     EvictAdapter,
+    EvictionReason,
     LoadAdapter,
     PreemptRequest,
     StartRequest,
@@ -248,7 +249,7 @@ def test_decodes_wait_for_a_load_ahead_that_holds_their_memory_and_nobody_gives_
         bench.step()
     assert list(bench.engine.loading) == ["x"]
     bench.load_all()
-    assert bench.of(EvictAdapter) == [EvictAdapter(x.digest)]
+    assert bench.of(EvictAdapter) == [EvictAdapter(x.digest, EvictionReason.KV)]
     bench.run()
     assert bench.of(PreemptRequest) == []
     assert list(bench.engine.left) == [attempt("a"), attempt("b")]
@@ -263,7 +264,10 @@ def test_an_adapter_goes_with_its_last_user() -> None:
     assert list(bench.engine.left) == [attempt("a")]
     assert bench.of(EvictAdapter) == []
     bench.run()
-    assert bench.log[-2:] == [EndRequest(attempt("b")), EvictAdapter(adapter("x").digest)]
+    assert bench.log[-2:] == [
+        EndRequest(attempt("b")),
+        EvictAdapter(adapter("x").digest, EvictionReason.ABANDONED),
+    ]
 
 
 def test_an_adapter_kept_for_the_next_batch_stays() -> None:

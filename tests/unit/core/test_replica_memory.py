@@ -1,6 +1,12 @@
 """Who holds memory at a worker, and who gives way."""
 
-from services.core.decisions import EvictAdapter, LoadAdapter, PreemptRequest, StartRequest
+from services.core.decisions import (
+    EvictAdapter,
+    EvictionReason,
+    LoadAdapter,
+    PreemptRequest,
+    StartRequest,
+)
 from services.core.events import AdaptersWanted, RequestAborted
 from tests.unit.core.core_world import adapter, attempt, request
 from tests.unit.core.replica_bench import Bench
@@ -26,8 +32,8 @@ def test_kv_cache_takes_the_memory_of_idle_adapters() -> None:
     bench.dispatch(request("long", context=100, output=80))
     bench.run()
     assert bench.of(EvictAdapter) == [
-        EvictAdapter(adapter("a").digest),
-        EvictAdapter(adapter("b").digest),
+        EvictAdapter(adapter("a").digest, EvictionReason.KV),
+        EvictAdapter(adapter("b").digest, EvictionReason.KV),
     ]
     assert bench.resident() == ["c"]
 
@@ -91,7 +97,7 @@ def test_the_adapter_of_a_preempted_request_goes_when_the_oldest_needs_its_memor
         request("young", using=adapter("y"), context=20, output=5, output_max=20), output=20
     )
     bench.run()
-    assert bench.of(EvictAdapter) == [EvictAdapter(adapter("y").digest)]
+    assert bench.of(EvictAdapter) == [EvictAdapter(adapter("y").digest, EvictionReason.KV)]
     assert [load.adapter.digest for load in bench.of(LoadAdapter)] == ["y", "y"]
     assert list(bench.engine.left) == [attempt("old"), attempt("young")]
 
@@ -112,13 +118,13 @@ def test_hints_load_into_memory_that_nobody_needs() -> None:
 
 
 def test_hints_evict_neither_used_nor_wanted_adapters_but_idle_ones() -> None:
-    bench = Bench(blocks=10)
+    bench = Bench(blocks=11)
     use_and_leave(bench, "idle", blocks=4)
     bench.dispatch(request("r", using=adapter("used", blocks=4), context=10, output=10))
     bench.load_all()
     hint = adapter("hint", blocks=4)
     assert bench.handle(AdaptersWanted((hint,))) == [
-        EvictAdapter(adapter("idle").digest),
+        EvictAdapter(adapter("idle").digest, EvictionReason.PREFETCH),
         LoadAdapter(hint),
     ]
     bench.load_all()
@@ -149,7 +155,7 @@ def test_a_hinted_adapter_outlives_idle_ones_when_memory_is_needed() -> None:
     bench.load_all()
     bench.dispatch(request("long", context=60, output=40))
     bench.run()
-    assert bench.of(EvictAdapter) == [EvictAdapter(adapter("idle").digest)]
+    assert bench.of(EvictAdapter) == [EvictAdapter(adapter("idle").digest, EvictionReason.KV)]
 
 
 def test_aborting_everything_leaves_an_empty_pool_but_for_adapters() -> None:
