@@ -61,6 +61,12 @@ class AdapterStoreSettings(ServiceSettings):
     )
     rank_max: int = Field(default=512, ge=1, le=2**16)
     adapters_max: int = Field(default=100_000, ge=1, le=10_000_000)
+    pinned_adapters_max: int = Field(
+        default=1000, ge=0, le=100_000, description="adapters that may have pins at a time"
+    )
+    pinned_bytes_max: int = Field(
+        default=16 * 2**30, ge=0, le=2**50, description="adapters that pins mean, all together"
+    )
     watchers_max: int = Field(default=1000, ge=1, le=100_000)
     collect_every_s: float = Field(
         default=600.0, gt=0, le=86_400, description="how often unused objects are looked for"

@@ -1,26 +1,21 @@
-"""An adapter in the registry, and every change that can be made to it. Pure.
+"""An adapter in the registry: its versions, and which of them a reference means. Pure.
 
-An `Entry` is what one revision document holds. A change takes an entry and gives the next one, or
-the same one when there is nothing to change, or raises the error that the client gets. An adapter
-that was deleted stays as an entry without versions, a tombstone: version numbers are never given
-twice, so "name@2" can't mean other weights tomorrow.
+An `Entry` is what one revision document holds (`documents`); `changes` has what can be done to it.
+An adapter that was deleted stays as an entry without versions, a tombstone: version numbers are
+never given twice, so "name@2" can't mean other weights tomorrow, and who was away is told that the
+adapter is gone.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, assert_never
 
 from services.adapter_store.references import Aliased, Latest, Numbered, Reference
 from services.common.errors import Reason, RpcError
 
-FORMAT: Final = 1
-VERSIONS_MAX: Final = 1000
-ALIASES_MAX: Final = 64
-
-
-class EntryError(ValueError):
-    """A revision document that this release can't read."""
+# Shared by all that have none: a registry has a hundred thousand of them.
+NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +32,45 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a version came from. Empty: not known."""
+
+    source: str = ""
+    publisher: str = ""
+    peft_version: str = ""
+    config_sha256: str = ""
+    weights_sha256: str = ""
+
+
+UNKNOWN_ORIGIN: Final = Provenance()
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
     """One immutable version."""
 
     number: int
     created_ns: int
     weights: Weights
+    labels: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    provenance: Provenance = UNKNOWN_ORIGIN
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """`percent` (1 to 99) of an alias's requests go to `version`."""
+
+    version: int
+    percent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Workers keep the version that `selector` means: "" the newest, else a number or an alias."""
+
+    selector: str
+    reason: str
+    created_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +78,31 @@ class Entry:
     """An adapter at one revision. Revision 0: it has never existed.
 
     `change_id` tells a writer that lost the answer whether the document it meets is its own.
+    `changed_ns` is when this revision was decided, by its writer's clock; 0 in documents that are
+    older than this field. `previous_versions` is where each alias pointed before. `tenants` may use
+    it; when there are none, all may.
     """
 
     name: str
     revision: int = 0
     versions: tuple[Version, ...] = ()
-    aliases: Mapping[str, int] = field(default_factory=dict)
+    aliases: Mapping[str, int] = field(default_factory=lambda: NOTHING)
     next_version: int = 1
     change_id: str = ""
+    changed_ns: int = 0
+    canaries: Mapping[str, Canary] = field(default_factory=lambda: NOTHING)
+    previous_versions: Mapping[str, int] = field(default_factory=lambda: NOTHING)
+    tenants: tuple[str, ...] = ()
+    pins: tuple[Pin, ...] = ()
 
     @property
     def is_live(self) -> bool:
         """False for a tombstone and for what has never existed."""
         return bool(self.versions)
+
+    def is_visible_to(self, tenant: str) -> bool:
+        """Whether this tenant may know of it. "" is the operator, who sees all."""
+        return not tenant or not self.tenants or tenant in self.tenants
 
     def find(self, number: int) -> Version | None:
         """The version of this number, if it lives."""
@@ -71,6 +111,15 @@ class Entry:
     def with_digest(self, digest: str) -> Version | None:
         """The version that has these weights."""
         return next((item for item in self.versions if item.weights.digest == digest), None)
+
+    def pinned(self, pin: Pin) -> Version | None:
+        """The version that a pin means now."""
+        if not self.versions:
+            return None
+        if not pin.selector:
+            return self.versions[-1]
+        number = int(pin.selector) if pin.selector.isdecimal() else self.aliases.get(pin.selector)
+        return None if number is None else self.find(number)
 
 
 def resolve(entry: Entry, reference: Reference) -> Version:
@@ -81,79 +130,26 @@ def resolve(entry: Entry, reference: Reference) -> Version:
         case Latest():
             return entry.versions[-1]
         case Numbered(number):
-            return _existing(entry, number)
+            return existing(entry, number)
         case Aliased(alias):
             if alias not in entry.aliases:
                 raise alias_not_found(reference.name, alias)
-            return _existing(entry, entry.aliases[alias])
+            return existing(entry, entry.aliases[alias])
         case _:
             assert_never(reference.selector)
 
 
-def publish(entry: Entry, weights: Weights, *, aliases: tuple[str, ...], now_ns: int) -> Entry:
-    """Add a version, unless one has these weights, and point aliases at it."""
-    version = entry.with_digest(weights.digest)
+def existing(entry: Entry, number: int) -> Version:
+    """The version of this number. Raises ADAPTER_VERSION_NOT_FOUND."""
+    version = entry.find(number)
     if version is None:
-        if len(entry.versions) >= VERSIONS_MAX:
-            raise RpcError(
-                Reason.FIELD_LIMIT_EXCEEDED,
-                f"{entry.name} has {VERSIONS_MAX} versions; delete some first",
-                field="metadata.name",
-            )
-        version = Version(entry.next_version, now_ns, weights)
-        entry = replace(entry, versions=(*entry.versions, version), next_version=version.number + 1)
-    for alias in aliases:
-        entry = set_alias(entry, alias, version.number)
-    return entry
-
-
-def set_alias(entry: Entry, alias: str, number: int) -> Entry:
-    """Point an alias at a version."""
-    if not entry.is_live:
-        raise adapter_not_found(entry.name)
-    _existing(entry, number)
-    if entry.aliases.get(alias) == number:
-        return entry
-    if alias not in entry.aliases and len(entry.aliases) >= ALIASES_MAX:
         raise RpcError(
-            Reason.FIELD_LIMIT_EXCEEDED,
-            f"{entry.name} has {ALIASES_MAX} aliases; delete some first",
-            field="alias",
-        )
-    return replace(entry, aliases={**entry.aliases, alias: number})
-
-
-def delete_alias(entry: Entry, alias: str) -> Entry:
-    """Remove an alias; the version stays."""
-    if not entry.is_live:
-        raise adapter_not_found(entry.name)
-    if alias not in entry.aliases:
-        raise alias_not_found(entry.name, alias)
-    return replace(entry, aliases={key: n for key, n in entry.aliases.items() if key != alias})
-
-
-def delete_version(entry: Entry, number: int) -> Entry:
-    """Remove a version that no alias points at."""
-    if not entry.is_live:
-        raise adapter_not_found(entry.name)
-    _existing(entry, number)
-    holding = sorted(alias for alias, target in entry.aliases.items() if target == number)
-    if holding:
-        raise RpcError(
-            Reason.ADAPTER_IN_USE,
-            f"{entry.name}@{number} is what the alias {', '.join(holding)} points at; "
-            "move or delete the alias first",
+            Reason.ADAPTER_VERSION_NOT_FOUND,
+            f"{entry.name} has no version {number}",
             field="adapter",
-            resource=("alias", f"{entry.name}@{holding[0]}"),
+            resource=("adapter_version", f"{entry.name}@{number}"),
         )
-    return replace(entry, versions=tuple(item for item in entry.versions if item.number != number))
-
-
-def delete_all(entry: Entry) -> Entry:
-    """Remove every version and alias."""
-    if not entry.is_live:
-        raise adapter_not_found(entry.name)
-    return replace(entry, versions=(), aliases={})
+    return version
 
 
 def adapter_not_found(name: str) -> RpcError:
@@ -173,43 +169,4 @@ def alias_not_found(name: str, alias: str) -> RpcError:
         f"{name} has no alias {alias}",
         field="adapter",
         resource=("alias", f"{name}@{alias}"),
-    )
-
-
-def _existing(entry: Entry, number: int) -> Version:
-    version = entry.find(number)
-    if version is None:
-        raise RpcError(
-            Reason.ADAPTER_VERSION_NOT_FOUND,
-            f"{entry.name} has no version {number}",
-            field="adapter",
-            resource=("adapter_version", f"{entry.name}@{number}"),
-        )
-    return version
-
-
-def to_json(entry: Entry) -> bytes:
-    """The revision document."""
-    return json.dumps({"format": FORMAT, **asdict(entry)}, separators=(",", ":")).encode()
-
-
-def from_json(data: bytes, *, name: str, revision: int) -> Entry:
-    """Read the revision document of this adapter and revision. Raises EntryError."""
-    try:
-        fields: dict[str, Any] = json.loads(data)
-        if (fields.pop("format"), fields["name"], fields["revision"]) != (FORMAT, name, revision):
-            raise EntryError("the document is of another format, adapter or revision")
-        versions = tuple(_version(item) for item in fields.pop("versions"))
-        return Entry(versions=versions, **fields)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise EntryError(f"not a revision document: {error}") from error
-
-
-def _version(fields: dict[str, Any]) -> Version:
-    weights: dict[str, Any] = dict(fields["weights"])
-    modules = tuple(weights.pop("target_modules"))
-    return Version(
-        number=int(fields["number"]),
-        created_ns=int(fields["created_ns"]),
-        weights=Weights(target_modules=modules, **weights),
     )

@@ -16,6 +16,8 @@ CHARACTERS_MAX: Final = 2000
 COST_MAX: Final = 1_000_000  # of all patterns of a config together: tens of milliseconds a module
 _PATH_CHARACTERS: Final = 41  # "model.layers.1000.self_attn.gate_proj" and some
 _REPETITION: Final = "*+{"
+# Set operations to be: Python warns of them, and they have no meaning in a module's path.
+_RESERVED = re.compile(r"\[\[|--|&&|~~|\|\|")
 _TOKEN = re.compile(
     r"\\(?P<escaped>.)|\[\^?\]?(?:\\.|[^\]\\])*\]|(?P<refused>\(\?(?!:|P<idx>)|\)[*+{])"
     r"|(?P<open>\((?:\?:|\?P<idx>)?)|(?P<mark>[)|?*+{])",
@@ -36,6 +38,8 @@ def compile_pattern(text: str, *, field: str, wrap: tuple[str, str] = ("", "")) 
     whole = f"{wrap[0]}{text}{wrap[1]}"
     if len(text) > CHARACTERS_MAX:
         raise unsupported(f"{field}: a pattern is over {CHARACTERS_MAX} characters", field=field)
+    if reserved := _RESERVED.search(text):
+        raise unsupported(f"{field}: {reserved[0]} is not accepted in patterns", field=field)
     try:
         regex = re.compile(whole)
     except (re.error, OverflowError, RecursionError) as error:

@@ -4,6 +4,9 @@ Fail-closed: every tensor must belong to a module that the config targets, every
 must have both its tensors, and all shapes must be the base model's. So an adapter that was accepted
 does what it did in training; "loaded, and without effect" can't happen. Nothing is unpickled, and
 weights keep their published bits.
+
+The base model's own embedding and head, which PEFT writes next to an adapter of one of them, are
+left out when they are those of the served model, and refused when they are not.
 """
 
 import math
@@ -13,8 +16,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
+from services.adapter_store.base_tensors import BaseTensors
 from services.adapter_store.entries import Weights
+from services.adapter_store.modules import EMBEDDING_PATH, PREFIX, Module, Side, modules_of
 from services.adapter_store.peft_config import FILE as CONFIG_FILE
 from services.adapter_store.peft_config import LoraConfig, parse_config
 from services.adapter_store.refusals import invalid, mismatch, shown, unsupported
@@ -24,16 +30,23 @@ from services.adapter_store.safetensors_file import (
 from services.adapter_store.safetensors_file import (
     Tensor,
     bits_of,
-    is_finite,
-    is_zero,
+    largest,
     parse_tensors,
 )
-from services.common.adapter_container import LoraRows, digest_of, encode
-from services.common.base_model import LINEARS, ModelConfig, is_hub_id, linear_shapes
+from services.common.adapter_container import HEAD, LoraRows, digest_of, encode
+from services.common.base_model import BaseModelError, ModelConfig, is_hub_id
+from services.common.errors import RpcError
 
-_PREFIX: Final = "base_model.model."
-_ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-_SUFFIX = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight", re.DOTALL)
+_BROUGHT_ALONG = re.compile(
+    rf"{re.escape(PREFIX)}(?P<path>{re.escape(EMBEDDING_PATH)}|{HEAD})(\.base_layer)?\.weight"
+)
+_LORA_NAME = re.compile(
+    rf"{re.escape(PREFIX)}(?P<path>.+)\.lora_(embedding_[AB]|[AB]\.weight)", re.DOTALL
+)
+_LINEAR_PATH = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+", re.ASCII)
+_SIDES: Final[tuple[Side, ...]] = ("A", "B")
+_SMALLEST: Final = float(np.finfo(np.float32).tiny)
+_LARGEST: Final = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +55,12 @@ class BaseModel:
 
     config: ModelConfig
     names: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """A linear of the base model."""
-
-    layer: int
-    name: str
-    path: str
-    in_features: int
-    out_features: int
+    tensors: BaseTensors | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BoundModule:
-    """A linear with the tensors that an adapter has for it."""
+    """A module with the tensors that an adapter has for it."""
 
     module: Module
     rank: int
@@ -68,11 +71,15 @@ class BoundModule:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A checked adapter: what the registry records, how it was bound, and the blob."""
+    """A checked adapter: what the registry records, how it was bound, and the blob.
+
+    `peft_version`: as the config has it, "" when it has none.
+    """
 
     weights: Weights
     bindings: tuple[BoundModule, ...]
     blob: bytes
+    peft_version: str
 
 
 def convert(config_json: bytes, data: memoryview, base: BaseModel, *, rank_max: int) -> Converted:
@@ -82,7 +89,7 @@ def convert(config_json: bytes, data: memoryview, base: BaseModel, *, rank_max: 
     """
     config = parse_config(config_json, rank_max=rank_max)
     _check_base(config.base_model, base)
-    tensors = parse_tensors(data)
+    tensors = _without_base(parse_tensors(data), data, base)
     dtype = _common_dtype(tensors)
     bindings = tuple(_bind(config, tensors, base.config))
     _check_values(bindings, data)
@@ -96,7 +103,7 @@ def convert(config_json: bytes, data: memoryview, base: BaseModel, *, rank_max: 
         base_model=config.base_model,
         parameters=sum(math.prod(t.shape) for bound in bindings for t in (bound.a, bound.b)),
     )
-    return Converted(weights, bindings, blob)
+    return Converted(weights, bindings, blob, config.peft_version)
 
 
 def _check_base(named: str, base: BaseModel) -> None:
@@ -108,6 +115,35 @@ def _check_base(named: str, base: BaseModel) -> None:
             f"the adapter was trained on {shown(named)}; served here is {base.names[0]}",
             field="base_model_name_or_path",
         )
+
+
+def _without_base(
+    tensors: Mapping[str, Tensor], data: memoryview, base: BaseModel
+) -> dict[str, Tensor]:
+    """The adapter's own tensors. Raises when another is not the base model's."""
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = _BROUGHT_ALONG.fullmatch(name)
+        if match is None:
+            own[name] = tensor
+        elif not _is_of_base(match["path"], tensor, data, base):
+            raise unsupported(
+                f"tensor {name} is not that of the served base model; if it was not trained, save "
+                "the adapter with save_embedding_layers=False",
+                field=name,
+            )
+    return own
+
+
+def _is_of_base(path: str, tensor: Tensor, data: memoryview, base: BaseModel) -> bool:
+    if base.tensors is None or tensor.shape != (base.config.vocab_size, base.config.hidden_size):
+        return False
+    is_embedding = path == EMBEDDING_PATH or base.config.tie_embeddings
+    name = f"{EMBEDDING_PATH if is_embedding else HEAD}.weight"
+    try:
+        return base.tensors.has_values(name, bits_of(data, tensor), tensor.dtype)
+    except (BaseModelError, OSError):  # nothing to hold it against
+        return False
 
 
 def _common_dtype(tensors: Mapping[str, Tensor]) -> str:
@@ -124,12 +160,10 @@ def _common_dtype(tensors: Mapping[str, Tensor]) -> str:
 def _bind(
     config: LoraConfig, tensors: Mapping[str, Tensor], model: ModelConfig
 ) -> Iterator[BoundModule]:
-    """Modules in the blob's order: by layer, then q, k, v, o, gate, up, down."""
-    modules = {module.path: module for module in _modules(model)}
-    targeted = [module for module in modules.values() if config.targets.include(module.path)]
-    targeted_paths = {module.path for module in targeted}
-    for name in tensors:
-        _check_tensor(name, modules, targeted_paths)
+    """Modules in the blob's order."""
+    modules = tuple(modules_of(model))
+    targeted = [module for module in modules if config.targets.include(module.path)]
+    _check_names(tensors, modules, {module.path for module in targeted})
     if not targeted:
         raise mismatch("target_modules: the base model has none of them", field="target_modules")
     for module in targeted:
@@ -137,44 +171,44 @@ def _bind(
         yield BoundModule(
             module,
             rank,
-            config.scale_of(module.path),
+            config.scale_of(module.path, rank=rank),
             _tensor(tensors, module, side="A", wanted=(rank, module.in_features)),
             _tensor(tensors, module, side="B", wanted=(module.out_features, rank)),
         )
 
 
-def _modules(model: ModelConfig) -> Iterator[Module]:
-    shapes = linear_shapes(model)
-    for layer in range(model.num_layers):
-        for name in LINEARS:
-            block = "self_attn" if name in _ATTENTION else "mlp"
-            yield Module(layer, name, f"model.layers.{layer}.{block}.{name}", *shapes[name])
-
-
-def _check_tensor(name: str, modules: Mapping[str, Module], targeted: set[str]) -> None:
+def _check_names(
+    tensors: Mapping[str, Tensor], modules: tuple[Module, ...], targeted: set[str]
+) -> None:
     """Every tensor must be one that `_tensor` reads."""
-    match = _SUFFIX.fullmatch(name)
-    if match is None or not name.startswith(_PREFIX):
-        raise unsupported(
-            f"tensor {shown(name)} is no lora_A.weight or lora_B.weight below {_PREFIX}",
+    paths = {module.tensor_name(side): module.path for module in modules for side in _SIDES}
+    for name in tensors:
+        if name not in paths:
+            raise _stranger(name)
+        if paths[name] not in targeted:
+            raise invalid(
+                f"tensor {name} is of a module that {CONFIG_FILE} does not target", field=name
+            )
+
+
+def _stranger(name: str) -> RpcError:
+    """Why a tensor is none of the base model's modules'."""
+    match = _LORA_NAME.fullmatch(name)
+    if match is None:
+        return unsupported(
+            f"tensor {shown(name)} is no lora_A.weight or lora_B.weight below {PREFIX}",
             field=shown(name),
         )
-    path = match["path"].removeprefix(_PREFIX)
-    if path not in modules:
-        if re.fullmatch(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+", path):
-            raise mismatch(f"the base model has no {shown(path)}", field=shown(name))
-        raise unsupported(f"LoRA on {shown(path)} is not served", field=shown(name))
-    if path not in targeted:
-        raise invalid(
-            f"tensor {shown(name)} is of a module that {CONFIG_FILE} does not target",
-            field=shown(name),
-        )
+    path = match["path"]
+    if _LINEAR_PATH.fullmatch(path):
+        return mismatch(f"the base model has no {shown(path)}", field=shown(name))
+    return unsupported(f"LoRA on {shown(path)} is not served", field=shown(name))
 
 
 def _tensor(
-    tensors: Mapping[str, Tensor], module: Module, *, side: str, wanted: tuple[int, int]
+    tensors: Mapping[str, Tensor], module: Module, *, side: Side, wanted: tuple[int, int]
 ) -> Tensor:
-    name = f"{_PREFIX}{module.path}.lora_{side}.weight"
+    name = module.tensor_name(side)
     tensor = tensors.get(name)
     if tensor is None:
         raise invalid(f"tensor {name} is missing", field=name)
@@ -188,18 +222,29 @@ def _tensor(
 
 
 def _check_values(bindings: tuple[BoundModule, ...], data: memoryview) -> None:
+    """All are numbers, and remain so when the scale is folded in, and one product is not zero."""
     has_effect = False
     for bound in bindings:
-        sides = [(tensor, bits_of(data, tensor)) for tensor in (bound.a, bound.b)]
-        for tensor, bits in sides:
-            if not is_finite(bits, tensor.dtype):
-                raise invalid(f"tensor {tensor.name} has infinite or NaN values", field=tensor.name)
-        has_effect |= not any(is_zero(bits, tensor.dtype) for tensor, bits in sides)
+        a_by_rank = _largest_by_rank(bound.a, data, axis=1)
+        b_by_rank = _largest_by_rank(bound.b, data, axis=0) * bound.scale
+        if b_by_rank.max() > _LARGEST:
+            raise invalid(
+                f"tensor {bound.b.name} overflows when multiplied by the scale {bound.scale}",
+                field=bound.b.name,
+            )
+        has_effect |= bool(((a_by_rank > 0) & (b_by_rank >= _SMALLEST)).any())
     if not has_effect:
         raise invalid(
             f"{WEIGHTS_FILE}: every product B·A is zero, so the adapter has no effect",
             field=WEIGHTS_FILE,
         )
+
+
+def _largest_by_rank(tensor: Tensor, data: memoryview, *, axis: int) -> npt.NDArray[np.float64]:
+    values = largest(bits_of(data, tensor), tensor.dtype, axis=axis)
+    if not np.isfinite(values).all():
+        raise invalid(f"tensor {tensor.name} has infinite or NaN values", field=tensor.name)
+    return values.astype(np.float64)
 
 
 def _rows(bound: BoundModule, data: memoryview) -> LoraRows:

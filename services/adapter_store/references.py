@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from services.common.errors import Reason, RpcError
 
 VERSION_DIGITS_MAX = 15  # a version stays exact in a double, as JSON readers elsewhere use
+VERSION_MAX = 10**VERSION_DIGITS_MAX - 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ALIAS = re.compile(r"(?!\d+\Z)[a-z0-9._-]{1,64}")
 _VERSION = re.compile(rf"[1-9]\d{{0,{VERSION_DIGITS_MAX - 1}}}", re.ASCII)
@@ -76,7 +77,7 @@ def check_name(text: str, *, field: str) -> None:
     if not is_name(text):
         raise RpcError(
             Reason.INVALID_FIELD,
-            f"{_shown(text)} is not an adapter name: 1 to 64 characters of [a-z0-9._-], "
+            f"{shown(text)} is not an adapter name: 1 to 64 characters of [a-z0-9._-], "
             "beginning with a letter or digit",
             field=field,
         )
@@ -87,7 +88,7 @@ def check_alias(text: str, *, field: str) -> None:
     if _ALIAS.fullmatch(text) is None:
         raise RpcError(
             Reason.INVALID_FIELD,
-            f"{_shown(text)} is neither a version (1 and up) nor an alias (1 to 64 characters "
+            f"{shown(text)} is neither a version (1 and up) nor an alias (1 to 64 characters "
             "of [a-z0-9._-], not only digits)",
             field=field,
         )
@@ -98,10 +99,11 @@ def check_digest(text: str) -> None:
     if _DIGEST.fullmatch(text) is None:
         raise RpcError(
             Reason.INVALID_FIELD,
-            f'{_shown(text)} is not "sha256:" and 64 lower-case hex digits',
+            f'{shown(text)} is not "sha256:" and 64 lower-case hex digits',
             field="digest",
         )
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """Foreign text as it may stand in an error: ASCII, and not all of a long one."""
     return ascii(text if len(text) <= 100 else f"{text[:100]}…")

@@ -1,5 +1,7 @@
 """The three ways in which an uploaded adapter is refused, and how client text is quoted in them."""
 
+from reprlib import repr as shortened
+
 from services.common.errors import Reason, RpcError
 
 _SHOWN_CHARACTERS_MAX = 120
@@ -22,6 +24,6 @@ def mismatch(message: str, *, field: str) -> RpcError:
 
 def shown(value: object) -> str:
     """A value from an upload, short and printable: JSON may hold anything, even lone surrogates."""
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else shortened(value)
     cut = text if len(text) <= _SHOWN_CHARACTERS_MAX else f"{text[:_SHOWN_CHARACTERS_MAX]}…"
-    return ascii(cut)[1:-1]
+    return ascii(cut)[1:-1] or "''"

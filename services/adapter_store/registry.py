@@ -7,7 +7,8 @@ old state or the new one, and of any number of replicas none loses another's cha
 
 Old revisions are deleted by `collect`, never here: a writer that has read N must find N + 1 taken
 if it was ever taken. That holds as long as a change takes less time than a superseded revision
-lives, so a change that took longer than `CHANGE_S_MAX` is not believed but decided again.
+lives, so a change that took longer than `CHANGE_S_MAX` is believed only if its document is the
+newest one, and else decided again.
 
 Reads are answered from a mirror. It is brought up to date by listing all documents every few
 seconds, at once by this process's own changes, and by one look into storage before a reader is told
@@ -15,11 +16,10 @@ that something does not exist. Storage being away stops changes and leaves reads
 """
 
 import asyncio
-import itertools
+import hashlib
 import re
 import time
 import uuid
-from bisect import bisect_left, insort
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -28,27 +28,24 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from services.adapter_store.entries import (
-    Entry,
-    EntryError,
-    Version,
-    from_json,
-    resolve,
-    to_json,
-)
+from services.adapter_store.documents import EntryError, from_json, to_json
+from services.adapter_store.entries import Entry, Version, Weights, resolve
+from services.adapter_store.mirror import Mirror
 from services.adapter_store.negative_cache import NegativeCache
 from services.adapter_store.references import Reference, is_name
+from services.adapter_store.resuming import MARGIN_NS, Token, changed_since, read_token
 from services.adapter_store.storage import ObjectInfo, Storage, unavailable
-from services.adapter_store.watching import Change, Watchers
+from services.adapter_store.watching import Start, Told, Watchers
 from services.common.clients import Backoff
 from services.common.errors import Reason, RpcError
 
 ATTEMPTS_MAX: Final = 32
 CHANGE_S_MAX: Final = 60.0
 FOLDER: Final = "registry"
+ID_PATH: Final = "registry_id"
 _REVISION_DIGITS: Final = 12
-_FETCHES_MAX: Final = 32  # documents read at a time while the mirror catches up
-_LIST_STRIDE: Final = 1000
+_FETCHES_MAX: Final = 64  # documents read at a time while the mirror catches up
+_STRIDE: Final = 1000
 _DOCUMENT = re.compile(rf"{FOLDER}/([^/]+)/(\d{{{_REVISION_DIGITS}}})\.json", re.ASCII)
 _log = structlog.get_logger("registry")
 
@@ -64,6 +61,19 @@ class Document:
     info: ObjectInfo
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryLimits:
+    """How many of each a registry takes. Replicas that race may pass them by a few."""
+
+    adapters: int = 100_000
+    watchers: int = 1000
+    pinned_adapters: int = 1000
+    pinned_bytes: int = 16 * 2**30
+
+
+DEFAULT_LIMITS: Final = RegistryLimits()
+
+
 class Registry:
     """All adapters. Created unsynced: reads fail until the first `sync` has succeeded."""
 
@@ -71,28 +81,31 @@ class Registry:
         self,
         storage: Storage,
         *,
-        adapters_max: int = 100_000,
-        watchers_max: int = 1000,
+        limits: RegistryLimits = DEFAULT_LIMITS,
         missing_ttl_s: float = 2.0,
     ) -> None:
         self._storage = storage
-        self._adapters_max = adapters_max
-        self._entries: dict[str, Entry] = {}  # tombstones too: they hold the revision
-        self._live: list[str] = []  # sorted names of live adapters
-        self._watchers = Watchers(limit=watchers_max)
+        self._limits = limits
+        self._mirror = Mirror()
+        self._watchers = Watchers(
+            self._mirror.live_entry, lambda: self._complete_ns, limit=limits.watchers
+        )
         self._missing = NegativeCache(ttl_s=missing_ttl_s)
         self._unreadable: dict[str, int] = {}  # name to the revision that could not be parsed
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._id = ""  # known after the first sync
         self._synced = False
+        self._complete_ns = 0  # the mirror has all that storage had then; 0: it never had
+        self._erased_ns = 0  # when documents were last found to have been deleted by hand
 
     # Reading
 
-    async def get(self, reference: Reference) -> tuple[Version, Entry]:
-        """The version that a reference means, and its adapter."""
+    async def get(self, reference: Reference, *, tenant: str = "") -> tuple[Version, Entry]:
+        """The version that a reference means, and its adapter, as a tenant may see it."""
         self._require_synced()
-        name, key = reference.name, str(reference)
+        name, key = reference.name, f"{tenant} {reference}"
         try:
-            return self._resolved(reference)
+            return self._resolved(reference, tenant)
         except RpcError:
             if self._missing.holds(key):
                 raise
@@ -101,26 +114,46 @@ class Registry:
             if not self._missing.holds(key):  # else somebody looked while this call waited
                 await self._refresh(name)
         try:
-            return self._resolved(reference)
+            return self._resolved(reference, tenant)
         except RpcError:
             self._missing.add(key)
             raise
 
-    def page(self, *, after: str, prefix: str) -> Iterator[Entry]:
-        """Live adapters by name whose name begins with `prefix` and follows `after`."""
+    def page(self, *, after: str, prefix: str = "", digest: str = "") -> Iterator[Entry]:
+        """See `Mirror.page`."""
         self._require_synced()
-        start = max(bisect_left(self._live, prefix), bisect_left(self._live, after + "\0"))
-        for name in itertools.islice(self._live, start, None):
-            if not name.startswith(prefix):
-                return
-            yield self._entries[name]
+        return self._mirror.page(after=after, prefix=prefix, digest=digest)
 
-    async def watch(self) -> AsyncGenerator[Change]:
-        """Every live adapter, Synced, then each change."""
+    def entry(self, name: str) -> Entry:
+        """What the mirror has of a name, a tombstone too; of revision 0 when nothing."""
+        return self._mirror.entry(name)
+
+    def live_entry(self, name: str) -> Entry | None:
+        """What the mirror has of a name."""
+        return self._mirror.live_entry(name)
+
+    async def watch(self, token: str = "", *, pinned_only: bool = False) -> AsyncGenerator[Told]:
+        """Every live adapter, or what has changed since a token; Synced; then each change."""
         self._require_synced()
-        async with aclosing(self._watchers.watch(list(self._live), self.live_entry)) as changes:
-            async for change in changes:
-                yield change
+        start = self._start(token, pinned_only=pinned_only)
+        async with aclosing(self._watchers.watch(start)) as messages:
+            async for told in messages:
+                yield told
+
+    def token(self, until_ns: int) -> str:
+        """The resume token of this time. Empty while the registry has no id, and of no time."""
+        return str(Token(self._id, until_ns)) if self._id and until_ns else ""
+
+    def _start(self, text: str, *, pinned_only: bool) -> Start:
+        names = self._mirror.pinned_names if pinned_only else self._mirror.live_names
+        pinned = names if pinned_only else None
+        token = read_token(text)
+        if token is None or token.registry_id != self._id:
+            return Start(names, pinned=pinned)
+        if not self._erased_ns < token.until_ns <= time.time_ns() + MARGIN_NS:
+            return Start(names, pinned=pinned)
+        changed = changed_since(self._mirror.entries, token.until_ns)
+        return Start(changed, resumed=True, pinned=pinned)
 
     def end_watches(self) -> None:
         """End every watch with DRAINING."""
@@ -129,11 +162,23 @@ class Registry:
     def check_room_for(self, name: str) -> None:
         """Raises FIELD_LIMIT_EXCEEDED when one more adapter is too many."""
         self._require_synced()
-        if len(self._live) >= self._adapters_max and self.live_entry(name) is None:
-            raise RpcError(
-                Reason.FIELD_LIMIT_EXCEEDED,
-                f"the registry has {self._adapters_max} adapters; delete some first",
+        if self._mirror.live_count >= self._limits.adapters and self.live_entry(name) is None:
+            raise _over(
+                f"the registry has {self._limits.adapters} adapters; delete some first",
                 field="metadata.name",
+            )
+
+    def check_room_for_pin(self, name: str, weights: Weights) -> None:
+        """Raises FIELD_LIMIT_EXCEEDED when one more pin is too much for the registry."""
+        pinned = self._mirror.pinned_names
+        if name not in pinned and len(pinned) >= self._limits.pinned_adapters:
+            raise _over(f"{len(pinned)} adapters are pinned; unpin some first", field="adapter")
+        sizes = {**self._mirror.pinned_sizes(), weights.digest: weights.size_bytes}
+        pinned_bytes = sum(sizes.values())
+        if pinned_bytes > self._limits.pinned_bytes:
+            raise _over(
+                f"{pinned_bytes} bytes would be pinned; at most {self._limits.pinned_bytes}",
+                field="adapter",
             )
 
     # Changing
@@ -166,7 +211,10 @@ class Registry:
         if decided == current:
             return current
         revision = current.revision + 1
-        entry = replace(decided, revision=revision, change_id=uuid.uuid4().hex)
+        changed_ns = max(time.time_ns(), current.changed_ns + 1)
+        entry = replace(
+            decided, revision=revision, change_id=uuid.uuid4().hex, changed_ns=changed_ns
+        )
         path = document_path(name, revision)
         if not await self._storage.create(path, to_json(entry)):
             # A write whose answer was lost is tried again below us, and then meets itself.
@@ -174,7 +222,9 @@ class Registry:
             if taken is None or entry.change_id.encode() not in taken:
                 return None
         if time.monotonic() - started_s > CHANGE_S_MAX:
-            return None
+            newest = await self._newest(name)
+            if newest.change_id != entry.change_id:
+                return None
         self._set(entry)
         return entry
 
@@ -182,40 +232,68 @@ class Registry:
 
     async def sync(self) -> list[Document]:
         """Bring the mirror up to date. Returns the listing that it now agrees with."""
+        started_ns = time.time_ns()
+        await self._identify()
         documents = await self._documents(FOLDER)
-        newest: dict[str, int] = {}
-        for document in documents:
-            newest[document.name] = max(document.revision, newest.get(document.name, 0))
-        # A name without documents was created after the listing, or its folder was deleted by hand.
-        for name in (*self._entries, *self._unreadable):
-            newest.setdefault(name, 0)
-        stale = [(name, n) for name, n in newest.items() if self._known_revision(name) != n]
-        for start in range(0, len(stale), _FETCHES_MAX):
-            batch = stale[start : start + _FETCHES_MAX]
-            done = await asyncio.gather(
-                *(self._catch_up(name, n) for name, n in batch), return_exceptions=True
-            )
-            for outcome in done:
-                if isinstance(outcome, BaseException):
-                    raise outcome
+        stale = await self._stale(documents)
+        remaining = iter(stale)
+
+        async def catch_up() -> None:
+            for name, revision in remaining:
+                await self._catch_up(name, revision)
+
+        tasks = (catch_up() for _ in range(_FETCHES_MAX))
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
+        if not self._unreadable:
+            self._complete_ns = started_ns
         self._synced = True
         return documents
 
     def referenced(self) -> set[str] | None:
         """Digests that live versions need. None while an adapter can't be read."""
-        if self._unreadable:
-            return None
-        return {v.weights.digest for entry in self._entries.values() for v in entry.versions}
+        return None if self._unreadable else self._mirror.digests
 
-    def _known_revision(self, name: str) -> int:
-        entry = self._entries.get(name)
-        return self._unreadable.get(name) or (entry.revision if entry is not None else 0)
+    async def _identify(self) -> None:
+        """Learn the registry's id, which the first replica ever gives it."""
+        if self._id:
+            return
+        try:
+            data = await self._storage.get(ID_PATH)
+            if data is None:
+                await self._storage.create(ID_PATH, uuid.uuid4().hex.encode())
+                data = await self._storage.get(ID_PATH)
+        except RpcError:
+            return  # where nothing can be written, watches begin anew each time
+        if data is not None:
+            self._id = hashlib.sha256(data).hexdigest()[:32]
+
+    async def _stale(self, documents: list[Document]) -> list[tuple[str, int]]:
+        """Names whose newest revision in a listing is not the mirror's."""
+        newest: dict[str, int] = {}
+        for number, document in enumerate(documents):
+            await _breathe(number)
+            newest[document.name] = max(document.revision, newest.get(document.name, 0))
+        # A name without documents was created after the listing, or its folder was deleted by hand.
+        for number, name in enumerate((*self._mirror.names, *self._unreadable)):
+            await _breathe(number)
+            newest.setdefault(name, 0)
+        stale: list[tuple[str, int]] = []
+        for number, (name, revision) in enumerate(newest.items()):
+            await _breathe(number)
+            known = self._unreadable.get(name) or self._mirror.entry(name).revision
+            if known != revision:
+                stale.append((name, revision))
+        return stale
 
     async def _catch_up(self, name: str, revision: int) -> None:
         """Read one adapter that a listing shows at `revision`."""
         async with self._lock(name):
             # What this process may have changed since that listing is looked up anew.
-            await self._refresh(name, revision=None if name in self._entries else revision)
+            await self._refresh(
+                name, revision=revision if self._mirror.entry(name).revision == 0 else None
+            )
 
     async def _refresh(self, name: str, *, revision: int | None = None) -> None:
         """Read one adapter again, its lock held. What can't be parsed changes nothing."""
@@ -233,8 +311,8 @@ class Registry:
                 revision = max((item.revision for item in documents), default=0)
             if revision == 0:
                 return Entry(name)
-            mirrored = self._entries.get(name)
-            if mirrored is not None and mirrored.revision == revision:
+            mirrored = self._mirror.entry(name)
+            if mirrored.revision == revision:
                 return mirrored
             data = await self._storage.get(document_path(name, revision))
             if data is not None:
@@ -258,8 +336,7 @@ class Registry:
     async def _documents(self, prefix: str) -> list[Document]:
         documents: list[Document] = []
         for number, info in enumerate(await self._storage.list(prefix)):
-            if number % _LIST_STRIDE == _LIST_STRIDE - 1:
-                await asyncio.sleep(0)  # a long registry must not hold up downloads
+            await _breathe(number)
             match = _DOCUMENT.fullmatch(info.path)
             if match is not None and is_name(match[1]):
                 documents.append(Document(match[1], int(match[2]), info))
@@ -267,33 +344,21 @@ class Registry:
 
     def _set(self, entry: Entry) -> None:
         """Make `entry` what the mirror shows. The name's lock is held."""
-        name = entry.name
-        self._unreadable.pop(name, None)
-        before = self._entries.get(name, Entry(name))
-        if entry == before:
-            return
-        if entry.revision == 0:
-            del self._entries[name]
-        else:
-            self._entries[name] = entry
-        if entry.is_live and not before.is_live:
-            insort(self._live, name)
-        elif before.is_live and not entry.is_live:
-            del self._live[bisect_left(self._live, name)]
-        self._watchers.notify(name)
+        self._unreadable.pop(entry.name, None)
+        if self._mirror.put(entry):
+            if entry.revision == 0:
+                self._erased_ns = time.time_ns()
+            self._watchers.notify(entry.name)
 
-    def _resolved(self, reference: Reference) -> tuple[Version, Entry]:
-        entry = self._entries.get(reference.name, Entry(reference.name))
+    def _resolved(self, reference: Reference, tenant: str) -> tuple[Version, Entry]:
+        entry = self._mirror.entry(reference.name)
+        if not entry.is_visible_to(tenant):
+            entry = Entry(reference.name)
         return resolve(entry, reference), entry
 
     def _lock(self, name: str) -> asyncio.Lock:
         """One lock per name that somebody uses; gone when nobody does."""
         return self._locks.setdefault(name, asyncio.Lock())
-
-    def live_entry(self, name: str) -> Entry | None:
-        """What the mirror has of a name."""
-        entry = self._entries.get(name)
-        return entry if entry is not None and entry.is_live else None
 
     def _require_synced(self) -> None:
         if not self._synced:
@@ -301,15 +366,19 @@ class Registry:
 
     def check_integrity(self) -> None:
         """Assert what always holds between the mirror's parts."""
-        assert self._live == sorted(n for n, entry in self._entries.items() if entry.is_live)
-        for name, entry in self._entries.items():
-            numbers = [version.number for version in entry.versions]
-            assert entry.name == name
-            assert numbers == sorted(set(numbers))
-            assert all(number < entry.next_version for number in numbers)
-            assert set(entry.aliases.values()) <= set(numbers)
+        self._mirror.check_integrity()
 
 
 def document_path(name: str, revision: int) -> str:
     """Where a revision lies."""
     return f"{FOLDER}/{name}/{revision:0{_REVISION_DIGITS}d}.json"
+
+
+async def _breathe(number: int) -> None:
+    """Let others run now and then: a long registry must not hold up downloads."""
+    if number % _STRIDE == _STRIDE - 1:
+        await asyncio.sleep(0)
+
+
+def _over(message: str, *, field: str) -> RpcError:
+    return RpcError(Reason.FIELD_LIMIT_EXCEEDED, message, field=field)

@@ -23,8 +23,6 @@ HEADER_BYTES_MAX: Final = 10 * 2**20
 DIMENSIONS_MAX: Final = 8
 _LENGTH_BYTES: Final = 8
 _OTHER_DTYPES: Final = re.compile(r"BOOL|[UI](8|16|32|64)|F(4|6|8)(_\w+)?|F64|C64", re.ASCII)
-# Exponent bits: all set means infinity or NaN.
-_EXPONENTS: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 Bits = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -75,16 +73,21 @@ def bits_of(data: memoryview, tensor: Tensor) -> Bits:
     return np.frombuffer(data, dtype=width, count=count, offset=tensor.offset).reshape(tensor.shape)
 
 
-def is_finite(bits: Bits, dtype: str) -> bool:
-    """Whether no element is infinite or NaN."""
-    exponent = bits.dtype.type(_EXPONENTS[dtype])
-    return not bool(((bits & exponent) == exponent).any())
-
-
-def is_zero(bits: Bits, dtype: str) -> bool:
-    """Whether every element is +0 or -0."""
+def largest(bits: Bits, dtype: str, *, axis: int) -> npt.NDArray[np.float32]:
+    """The largest magnitude along `axis`: infinite or NaN where one of the elements is."""
     magnitude = bits.dtype.type(2 ** (8 * DTYPE_BYTES[dtype] - 1) - 1)
-    return not bool((bits & magnitude).any())
+    # Magnitudes are ordered as their bits are, infinity and then NaN last.
+    top: Bits = (bits & magnitude).max(axis=axis)
+    return float_values(top, dtype)
+
+
+def float_values(bits: Bits, dtype: str) -> npt.NDArray[np.float32]:
+    """The numbers that the elements stand for; every one of them has a float32."""
+    if dtype == "F32":
+        return bits.view(np.float32)
+    if dtype == "F16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _header_bytes(data: memoryview) -> int:

@@ -4,6 +4,7 @@
 
 import base64
 import binascii
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -15,9 +16,21 @@ import grpc
 
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
 from calumma.adapter_store.v1 import adapter_store_pb2_grpc as pb_grpc
-from services.adapter_store import entries
+from services.adapter_store import aliases, changes
 from services.adapter_store.blobs import Blobs
-from services.adapter_store.entries import Entry
+from services.adapter_store.descriptions import (
+    check_reason,
+    check_tenant,
+    checked_labels,
+    checked_tenants,
+)
+from services.adapter_store.entries import Canary
+from services.adapter_store.listing import (
+    PAGE_SIZE_DEFAULT,
+    PAGE_SIZE_MAX,
+    Filter,
+    page_of,
+)
 from services.adapter_store.publishing import Publisher
 from services.adapter_store.references import (
     Aliased,
@@ -28,7 +41,7 @@ from services.adapter_store.references import (
     check_name,
     parse_reference,
 )
-from services.adapter_store.registry import Registry
+from services.adapter_store.registry import Decide, Registry
 from services.adapter_store.upload import Spool, UploadLimits, receive
 from services.adapter_store.wire import (
     adapter_to_proto,
@@ -40,9 +53,6 @@ from services.adapter_store.wire import (
 from services.common.errors import Reason, RpcError
 from services.common.interceptors import annotate
 
-PAGE_SIZE_DEFAULT: Final = 100
-PAGE_SIZE_MAX: Final = 1000
-PAGE_BYTES_MAX: Final = 2 * 2**20  # a page ends early rather than grow past a message's limit
 LONG_LIVED: Final = frozenset({"Watch"})
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -98,7 +108,8 @@ class AdapterStoreServicer(pb_grpc.AdapterStoreServiceServicer):
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
         reference = parse_reference(request.adapter)
         annotate(adapter=str(reference))
-        version, entry = await self._registry.get(reference)
+        tenant = _tenant(request.tenant)
+        version, entry = await self._registry.get(reference, tenant=tenant)
         annotate(digest=version.weights.digest)
         return pb.GetResponse(
             version=version_to_proto(entry.name, version), adapter=adapter_to_proto(entry)
@@ -109,24 +120,31 @@ class AdapterStoreServicer(pb_grpc.AdapterStoreServiceServicer):
             raise RpcError(
                 Reason.INVALID_FIELD, f"page_size must be 1 to {PAGE_SIZE_MAX}", field="page_size"
             )
-        page_size = request.page_size or PAGE_SIZE_DEFAULT
-        after = _after(request.page_token)
-        adapters: list[pb.Adapter] = []
-        page_bytes = 0
-        for entry in self._registry.page(after=after, prefix=request.name_prefix):
-            if len(adapters) == page_size or page_bytes > PAGE_BYTES_MAX:
-                token = _page_token(adapters[-1].name)
-                return pb.ListResponse(adapters=adapters, next_page_token=token)
-            adapters.append(adapter_to_proto(entry))
-            page_bytes += adapters[-1].ByteSize()
-        return pb.ListResponse(adapters=adapters)
+        digest = request.digest
+        if digest:
+            check_digest(digest)
+        wanted = Filter(
+            labels=checked_labels(request.labels, field="labels"),
+            base_model=request.base_model,
+            digest=digest,
+            tenant=_tenant(request.tenant),
+        )
+        entries = self._registry.page(
+            after=_after(request.page_token), prefix=request.name_prefix, digest=digest
+        )
+        size = request.page_size or PAGE_SIZE_DEFAULT
+        page = page_of(entries, wanted, size=size, write=adapter_to_proto)
+        token = "" if page.last is None else _page_token(page.last)
+        return pb.ListResponse(adapters=page.adapters, next_page_token=token)
 
     async def Watch(
         self, request: pb.WatchRequest, context: Context
     ) -> AsyncGenerator[pb.WatchResponse]:
-        async with aclosing(self._registry.watch()) as changes:
-            async for change in changes:
-                yield change_to_proto(change)
+        watch = self._registry.watch(request.resume_token, pinned_only=request.pinned_only)
+        async with aclosing(watch) as messages:
+            async for told in messages:
+                token = "" if told.until_ns is None else self._registry.token(told.until_ns)
+                yield change_to_proto(told.change, token=token)
 
     async def Download(
         self, request: pb.DownloadRequest, context: Context
@@ -145,9 +163,9 @@ class AdapterStoreServicer(pb_grpc.AdapterStoreServiceServicer):
         annotate(adapter=str(reference))
         match reference.selector:
             case Latest():
-                await self._registry.change(reference.name, entries.delete_all)
+                await self._registry.change(reference.name, changes.delete_all)
             case Numbered(version):
-                decide = partial(entries.delete_version, number=version)
+                decide = partial(changes.delete_version, number=version)
                 await self._registry.change(reference.name, decide)
             case Aliased():
                 raise RpcError(
@@ -161,17 +179,62 @@ class AdapterStoreServicer(pb_grpc.AdapterStoreServiceServicer):
         _check_alias_of(request.name, request.alias)
         if request.version < 1:
             raise RpcError(Reason.INVALID_FIELD, "version must be 1 and up", field="version")
-        decide = partial(entries.set_alias, alias=request.alias, number=request.version)
+        percent = request.canary_percent
+        if not 0 <= percent <= 99:
+            raise RpcError(
+                Reason.INVALID_FIELD,
+                "canary_percent must be 1 to 99, or 0 for all of the alias",
+                field="canary_percent",
+            )
+        annotate(version=request.version, canary_percent=percent)
+        if percent:
+            canary = Canary(request.version, percent)
+            decide = partial(aliases.set_canary, alias=request.alias, canary=canary)
+        else:
+            decide = partial(aliases.set_alias, alias=request.alias, number=request.version)
         return pb.SetAliasResponse(adapter=await self._changed(request.name, decide))
+
+    async def RollbackAlias(
+        self, request: pb.RollbackAliasRequest, context: Context
+    ) -> pb.RollbackAliasResponse:
+        _check_alias_of(request.name, request.alias)
+        decide = partial(aliases.roll_back, alias=request.alias)
+        return pb.RollbackAliasResponse(adapter=await self._changed(request.name, decide))
 
     async def DeleteAlias(
         self, request: pb.DeleteAliasRequest, context: Context
     ) -> pb.DeleteAliasResponse:
         _check_alias_of(request.name, request.alias)
-        decide = partial(entries.delete_alias, alias=request.alias)
+        decide = partial(aliases.delete_alias, alias=request.alias)
         return pb.DeleteAliasResponse(adapter=await self._changed(request.name, decide))
 
-    async def _changed(self, name: str, decide: partial[Entry]) -> pb.Adapter:
+    async def SetVisibility(
+        self, request: pb.SetVisibilityRequest, context: Context
+    ) -> pb.SetVisibilityResponse:
+        check_name(request.name, field="name")
+        tenants = checked_tenants(request.tenants, field="tenants")
+        annotate(adapter=request.name, tenants=len(tenants))
+        decide = partial(changes.set_visibility, tenants=tenants)
+        return pb.SetVisibilityResponse(adapter=await self._changed(request.name, decide))
+
+    async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
+        reference = parse_reference(request.adapter)
+        annotate(adapter=str(reference))
+        check_reason(request.reason, field="reason")
+        version, _ = await self._registry.get(reference)
+        self._registry.check_room_for_pin(reference.name, version.weights)
+        decide = partial(
+            changes.pin, reference=reference, reason=request.reason, now_ns=time.time_ns()
+        )
+        return pb.PinResponse(adapter=await self._changed(reference.name, decide))
+
+    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:
+        reference = parse_reference(request.adapter)
+        annotate(adapter=str(reference))
+        decide = partial(changes.unpin, reference=reference)
+        return pb.UnpinResponse(adapter=await self._changed(reference.name, decide))
+
+    async def _changed(self, name: str, decide: Decide) -> pb.Adapter:
         return adapter_to_proto(await self._registry.change(name, decide))
 
 
@@ -179,6 +242,13 @@ def _check_alias_of(name: str, alias: str) -> None:
     check_name(name, field="name")
     check_alias(alias, field="alias")
     annotate(adapter=f"{name}@{alias}")
+
+
+def _tenant(tenant: str) -> str:
+    """A tenant, or "" for the operator."""
+    if tenant:
+        check_tenant(tenant, field="tenant")
+    return tenant
 
 
 def _page_token(name: str) -> str:

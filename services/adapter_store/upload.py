@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import IO, Final
 
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
+from services.adapter_store.changes import DEFAULT_TERMS, Terms
+from services.adapter_store.descriptions import (
+    check_source,
+    check_tenant,
+    checked_labels,
+    checked_tenants,
+)
+from services.adapter_store.entries import Provenance
 from services.adapter_store.peft_config import CONFIG_BYTES_MAX
 from services.adapter_store.peft_config import FILE as CONFIG_FILE
-from services.adapter_store.references import check_alias, check_name
+from services.adapter_store.references import VERSION_MAX, check_alias, check_name
 from services.adapter_store.refusals import invalid, shown, unsupported
 from services.adapter_store.safetensors_file import FILE as WEIGHTS_FILE
 from services.common.errors import Reason, RpcError
@@ -40,8 +48,8 @@ class Metadata:
     """What an upload is to become."""
 
     name: str
-    aliases: tuple[str, ...]
-    dry_run: bool
+    dry_run: bool = False
+    terms: Terms = DEFAULT_TERMS
 
 
 class Spool:
@@ -154,7 +162,35 @@ def _metadata(message: pb.PublishMetadata) -> Metadata:
         )
     for alias in message.aliases:
         check_alias(alias, field="metadata.aliases")
-    return Metadata(message.name, tuple(message.aliases), message.dry_run)
+    if not 0 <= message.version <= VERSION_MAX:
+        raise RpcError(
+            Reason.INVALID_FIELD,
+            f"version must be 1 to {VERSION_MAX}, or 0 for the next one",
+            field="metadata.version",
+        )
+    terms = Terms(
+        aliases=tuple(message.aliases),
+        number=message.version or None,
+        labels=checked_labels(message.labels, field="metadata.labels"),
+        tenants=_tenants(message),
+        provenance=Provenance(source=message.source, publisher=message.tenant),
+    )
+    check_source(message.source, field="metadata.source")
+    return Metadata(message.name, message.dry_run, terms)
+
+
+def _tenants(message: pb.PublishMetadata) -> tuple[str, ...]:
+    tenants = checked_tenants(message.tenants, field="metadata.tenants")
+    if not message.tenant:
+        return tenants
+    check_tenant(message.tenant, field="metadata.tenant")
+    if tenants and message.tenant not in tenants:
+        raise RpcError(
+            Reason.INVALID_FIELD,
+            "the publishing tenant must be among those that may use the adapter",
+            field="metadata.tenants",
+        )
+    return tenants
 
 
 def _order(message: str) -> RpcError:

@@ -7,17 +7,15 @@ from google.protobuf import timestamp_pb2
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
 from calumma.common.v1 import common_pb2
 from services.adapter_store.blobs import Chunk
-from services.adapter_store.entries import Entry, Version
+from services.adapter_store.entries import UNKNOWN_ORIGIN, Entry, Version
 from services.adapter_store.publishing import Published
 from services.adapter_store.watching import Change, Deleted, Synced, Updated
 
 
 def version_to_proto(name: str, version: Version) -> pb.AdapterVersion:
     """One version."""
-    weights = version.weights
-    created = timestamp_pb2.Timestamp()
-    created.FromNanoseconds(version.created_ns)
-    return pb.AdapterVersion(
+    weights, origin = version.weights, version.provenance
+    message = pb.AdapterVersion(
         ref=common_pb2.AdapterRef(
             digest=weights.digest,
             name=name,
@@ -25,12 +23,24 @@ def version_to_proto(name: str, version: Version) -> pb.AdapterVersion:
             rank=weights.rank,
             size_bytes=weights.size_bytes,
         ),
-        create_time=created,
+        create_time=_time(version.created_ns),
         target_modules=weights.target_modules,
         dtype=weights.dtype,
         base_model=weights.base_model,
         parameters=weights.parameters,
+        labels=dict(version.labels),
     )
+    if origin != UNKNOWN_ORIGIN:
+        message.provenance.CopyFrom(
+            pb.Provenance(
+                source=origin.source,
+                publisher=origin.publisher,
+                peft_version=origin.peft_version,
+                config_sha256=origin.config_sha256,
+                weights_sha256=origin.weights_sha256,
+            )
+        )
+    return message
 
 
 def adapter_to_proto(entry: Entry) -> pb.Adapter:
@@ -38,8 +48,19 @@ def adapter_to_proto(entry: Entry) -> pb.Adapter:
     return pb.Adapter(
         name=entry.name,
         versions=[version_to_proto(entry.name, version) for version in entry.versions],
-        aliases=entry.aliases,
+        aliases=dict(entry.aliases),
         revision=entry.revision,
+        canaries={
+            alias: pb.Canary(version=canary.version, percent=canary.percent)
+            for alias, canary in entry.canaries.items()
+        },
+        previous_versions=dict(entry.previous_versions),
+        tenants=entry.tenants,
+        pins=[
+            pb.Pinned(selector=pin.selector, reason=pin.reason, create_time=_time(pin.created_ns))
+            for pin in entry.pins
+        ],
+        change_time=_time(entry.changed_ns) if entry.changed_ns else None,
     )
 
 
@@ -55,15 +76,15 @@ def published_to_proto(published: Published) -> pb.PublishResponse:
     )
 
 
-def change_to_proto(change: Change) -> pb.WatchResponse:
+def change_to_proto(change: Change, *, token: str) -> pb.WatchResponse:
     """One message of a watch."""
     match change:
         case Updated(entry):
-            return pb.WatchResponse(updated=adapter_to_proto(entry))
+            return pb.WatchResponse(updated=adapter_to_proto(entry), resume_token=token)
         case Deleted(name):
-            return pb.WatchResponse(deleted=name)
-        case Synced():
-            return pb.WatchResponse(synced=pb.WatchSynced())
+            return pb.WatchResponse(deleted=name, resume_token=token)
+        case Synced(resumed):
+            return pb.WatchResponse(synced=pb.WatchSynced(resumed=resumed), resume_token=token)
         case _:
             assert_never(change)
 
@@ -71,3 +92,8 @@ def change_to_proto(change: Change) -> pb.WatchResponse:
 def chunk_to_proto(chunk: Chunk) -> pb.DownloadResponse:
     """One message of a download."""
     return pb.DownloadResponse(offset=chunk.offset, data=chunk.data, total_bytes=chunk.total_bytes)
+
+
+def _time(time_ns: int) -> timestamp_pb2.Timestamp:
+    seconds, nanos = divmod(time_ns, 10**9)
+    return timestamp_pb2.Timestamp(seconds=seconds, nanos=nanos)

@@ -21,10 +21,11 @@ have equal digests.
 
 import hashlib
 import json
-import math
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from reprlib import repr as shortened
 from typing import Any, Final
 
 MAGIC: Final = b"CALUMMA1"
@@ -35,6 +36,8 @@ EMBEDDING_LAYER: Final = -1  # where the rows of the embedding lie
 HEAD: Final = "lm_head"  # its rows lie in the layer after the model's last one
 DTYPE_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
 _PREFIX = struct.Struct("<8sI")
+_SCALE_MAX: Final = sys.float_info.max
+_SHOWN_CHARACTERS_MAX: Final = 120
 
 
 class ContainerError(ValueError):
@@ -139,14 +142,14 @@ def encode(rows: Iterable[LoraRows], *, dtype: str) -> bytes:
         {
             "dtype": dtype,
             "modules": [asdict(entry) for entry in modules],
-            "layers": [asdict(chunk) for chunk in _layer_chunks(modules, payload)],
+            "layers": [asdict(chunk) for chunk in _layer_chunks(modules, memoryview(payload))],
             "payload_bytes": len(payload),
         },
         sort_keys=True,
         separators=(",", ":"),
     ).encode()
     prefix = _PREFIX.pack(MAGIC, len(header)) + header
-    return prefix + bytes(-len(prefix) % ALIGNMENT) + bytes(payload)
+    return b"".join((prefix, bytes(-len(prefix) % ALIGNMENT), payload))
 
 
 def read_header(blob: bytes | bytearray | memoryview) -> ContainerHeader:
@@ -164,7 +167,9 @@ def read_header(blob: bytes | bytearray | memoryview) -> ContainerHeader:
             payload_bytes=fields["payload_bytes"],
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ContainerError(f"the header is malformed: {error}") from error
+        raise ContainerError(
+            f"the header is malformed: {str(error)[:_SHOWN_CHARACTERS_MAX]}"
+        ) from error
     _check(header)
     return header
 
@@ -188,8 +193,10 @@ def digest_of(blob: bytes | bytearray | memoryview) -> str:
 
     Of what precedes the payload; that the payload is the one it speaks of is `verify`'s matter.
     """
-    front = blob[: _aligned(_PREFIX.size + header_size(blob))]
-    return f"sha256:{hashlib.sha256(front).hexdigest()}"
+    front_bytes = _aligned(_PREFIX.size + header_size(blob))
+    if len(blob) < front_bytes:
+        raise ContainerError("the header is cut short")
+    return _digest(memoryview(blob)[:front_bytes])
 
 
 def verify(blob: bytes | bytearray | memoryview, digest: str) -> ContainerHeader:
@@ -237,7 +244,7 @@ class BlobVerifier:
                 return view
             self._front += taken
             view = view[len(taken) :]
-        digest = f"sha256:{hashlib.sha256(self._front).hexdigest()}"
+        digest = _digest(self._front)
         if digest != self._digest:
             raise ContainerError(f"the header has the digest {digest}, not {self._digest}")
         self.header = read_header(self._front)
@@ -273,7 +280,11 @@ def _aligned(size: int) -> int:
     return size + (-size % ALIGNMENT)
 
 
-def _layer_chunks(modules: Sequence[ModuleEntry], payload: bytearray) -> list[LayerChunk]:
+def _digest(front: bytes | bytearray | memoryview) -> str:
+    return f"sha256:{hashlib.sha256(front).hexdigest()}"
+
+
+def _layer_chunks(modules: Sequence[ModuleEntry], payload: memoryview) -> list[LayerChunk]:
     return [
         LayerChunk(layer, start, end - start, hashlib.sha256(payload[start:end]).hexdigest())
         for layer, start, end in _layer_ranges(modules, len(payload))
@@ -296,18 +307,22 @@ def _layer_ranges(
 
 def _check(header: ContainerHeader) -> None:
     if type(header.dtype) is not str or header.dtype not in DTYPE_BYTES:
-        raise ContainerError(f"unknown dtype {header.dtype!r}")
+        raise ContainerError(f"unknown dtype {shortened(header.dtype)}")
     if not header.modules:
         raise ContainerError("no modules")
     end = 0
+    seen: set[tuple[int, str]] = set()
     for entry in header.modules:
-        if not _is_entry(entry) or entry.offset != end:
-            raise ContainerError(f"bad entry for layer {entry.layer!r} {entry.module!r}")
+        if not _is_entry(entry) or entry.offset != end or (entry.layer, entry.module) in seen:
+            raise ContainerError(
+                f"bad entry for layer {shortened(entry.layer)}: {shortened(entry.module)}"
+            )
+        seen.add((entry.layer, entry.module))
         end += entry.a_bytes(header.dtype) + entry.b_bytes(header.dtype)
-    if end != header.payload_bytes:
+    if type(header.payload_bytes) is not int or end != header.payload_bytes:
         raise ContainerError("entries do not cover the payload")
     ranges = [(chunk.layer, chunk.offset, chunk.size_bytes) for chunk in header.layers]
-    if ranges != [
+    if not all(_is_chunk(chunk) for chunk in header.layers) or ranges != [
         (n, start, stop - start) for n, start, stop in _layer_ranges(header.modules, end)
     ]:
         raise ContainerError("layers are not those of the entries")
@@ -322,5 +337,10 @@ def _is_entry(entry: ModuleEntry) -> bool:
         and entry.layer >= EMBEDDING_LAYER
         and type(entry.module) is str
         and type(entry.scale) in (int, float)
-        and math.isfinite(entry.scale)
+        and abs(entry.scale) <= _SCALE_MAX  # false for NaN as well
     )
+
+
+def _is_chunk(chunk: LayerChunk) -> bool:
+    numbers = (chunk.layer, chunk.offset, chunk.size_bytes)
+    return all(type(number) is int for number in numbers) and type(chunk.sha256) is str

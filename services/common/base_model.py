@@ -192,6 +192,17 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """`(in_features, out_features)` of embedding and output head, which an adapter may target too.
+
+    A tied head is a module of its own: an adapter of one of the two does not change the other.
+    """
+    return {
+        "embed_tokens": (config.vocab_size, config.hidden_size),
+        "lm_head": (config.hidden_size, config.vocab_size),
+    }
+
+
 def model_identity(folder: Path) -> ModelIdentity:
     """Name and digest: as written at pull, else computed once and remembered in the cache home."""
     written = folder / MODEL_FILE

@@ -6,6 +6,7 @@ import pytest
 from services.adapter_store.peft import BaseModel, Converted, convert
 from services.common.base_model import load_config
 from tests.support.peft_folders import CONFIG_FILE, WEIGHTS_FILE, write_tiny_model
+from tests.unit.adapter_store.registry_parts import FaultyStorage
 
 BASE_NAME = "acme/tiny-base"
 Shapes = dict[str, tuple[int, int]]
@@ -31,3 +32,8 @@ def convert_folder(base: BaseModel) -> Callable[[Path], Converted]:
         return convert(config, memoryview(weights), base, rank_max=64)
 
     return convert_files
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> FaultyStorage:
+    return FaultyStorage.at(tmp_path)

@@ -47,6 +47,13 @@ def test_expressions_that_could_run_for_ever_are_refused(text: str) -> None:
     assert caught.value.reason is Reason.ADAPTER_UNSUPPORTED
 
 
+@pytest.mark.parametrize("text", ["[[a]", "[a--b]", "[a&&b]", "[a~~b]", "[a||b]"])
+def test_what_python_may_come_to_read_otherwise_is_refused(text: str) -> None:
+    with pytest.raises(RpcError) as caught:
+        _compile(text)
+    assert caught.value.reason is Reason.ADAPTER_UNSUPPORTED
+
+
 @pytest.mark.parametrize("text", ["(", "a)", "[", "*a", "a{5,2}", "a\\", "(?P<idx>a)(?P<idx>b)"])
 def test_what_is_no_expression_is_refused(text: str) -> None:
     with pytest.raises(RpcError) as caught:

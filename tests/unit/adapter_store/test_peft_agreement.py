@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.adapter_store.peft import _modules
+from services.adapter_store.modules import modules_of
 from services.adapter_store.peft_config import parse_config
 from services.common.base_model import ModelConfig
 
@@ -22,6 +22,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "layers": {"target_modules": ["q_proj"], "layers_to_transform": [1, 11]},
     "one layer": {"target_modules": ["q_proj"], "layers_to_transform": 0},
     "no layers": {"target_modules": ["q_proj"], "layers_to_transform": []},
+    "output head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "embedding by its whole path": {"target_modules": ["model.embed_tokens"]},
+    "everything by expression": {"target_modules": r".*(_proj|embed_tokens)|lm_head"},
+    "head and embedding excluded": {
+        "target_modules": ["q_proj", "lm_head", "embed_tokens"],
+        "exclude_modules": ["lm_head", "embed_tokens"],
+    },
+    "a whole path is in any layer": {
+        "target_modules": ["q_proj", "model.layers.3.mlp.up_proj", "lm_head", "embed_tokens"],
+        "layers_to_transform": [1],
+    },
     "layers below a name": {
         "target_modules": ["q_proj"],
         "layers_to_transform": [1],
@@ -32,6 +44,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layers_to_transform": [1],
         "layers_pattern": ["h", "blocks"],
     },
+    "layers below the second name": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["h", "layers"],
+    },
+    "alternatives reach to the ends of a layer's pattern": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers|blocks",
+    },
+    "alternatives with the number in the last": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["blocks|(?:model\\.)?layers"],
+    },
 }
 RANKS: dict[str, dict[str, int]] = {
     "module": {"q_proj": 2},
@@ -41,6 +68,9 @@ RANKS: dict[str, dict[str, int]] = {
     "whole path": {"model.layers.0.mlp.up_proj": 6},
     "parts of names do not match": {"proj": 9, "_proj": 9},
     "alternatives at the top": {"q_proj|up_proj": 7},
+    "anchored": {"^model.layers.0.mlp.up_proj": 7, "^layers.1.mlp.up_proj": 9},
+    "head and embedding": {"lm_head": 2, "embed_tokens": 3},
+    "brackets that end the group": {"q_proj)|(?:up_proj": 4},
 }
 
 
@@ -51,9 +81,11 @@ def _config_json(**fields: Any) -> bytes:
 
 def _paths() -> list[str]:
     heads = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 1}
-    model = SimpleNamespace(hidden_size=1, intermediate_size=1, num_layers=12, **heads)
+    model = SimpleNamespace(
+        hidden_size=1, intermediate_size=1, num_layers=12, vocab_size=1, **heads
+    )
     config: ModelConfig = model  # type: ignore[assignment]
-    return [module.path for module in _modules(config)]
+    return [module.path for module in modules_of(config)]
 
 
 @pytest.mark.parametrize("what", CONFIGS)

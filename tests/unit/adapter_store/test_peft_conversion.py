@@ -69,6 +69,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full precision": {"dtype": "F32"},
     "rank pattern": {"rank_pattern": {"v_proj": 2, "layers.1.self_attn.q_proj": 9}},
     "rank pattern by expression": {"rank_pattern": {r"layers\.(0|1)\.self_attn\.q_proj": 6}},
+    "embedding and head": {
+        "target_modules": ["q_proj", "embed_tokens", "lm_head"],
+        "rank_pattern": {"embed_tokens": 2},
+        "alpha_pattern": {"lm_head": 1},
+    },
     "both patterns, rsLoRA": {
         "target_modules": LINEARS,
         "rank_pattern": {"mlp.up_proj": 3},
@@ -82,7 +87,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_a_converted_adapter_has_the_delta_of_peft_bit_for_bit(
     what: str, tmp_path: Path, shapes: Shapes, convert_folder: Convert
 ) -> None:
-    pairs = {pair.path: pair for pair in _write(tmp_path, shapes, **OPTIONS[what])}
+    all_shapes = shapes | {"embed_tokens": (64, 32), "lm_head": (32, 64)}
+    pairs = {pair.path: pair for pair in _write(tmp_path, all_shapes, **OPTIONS[what])}
     converted = convert_folder(tmp_path)
     header = read_header(converted.blob)
     assert len(header.modules) == len(pairs) == len(converted.bindings)
@@ -197,11 +203,12 @@ UNSUPPORTED: dict[str, Any] = {
     "layer_replication": [[0, 1]],
     "use_qalora": True,
     "megatron_config": {"tensor_model_parallel_size": 2},
-    "fan_in_fan_out": True,
     "init_lora_weights": "pissa_niter_4",
     "loftq_config": {"loftq_bits": 4},
     "something_new": "on",
-    "target_modules": ["q_proj", "v_proj", "lm_head"],
+    "ensure_weight_tying": True,
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 3},
     "exclude_modules": "(a|b)+",
 }
 
@@ -238,6 +245,15 @@ INVALID_CONFIG: dict[str, tuple[str, Any]] = {
     "use_rslora as text": ("use_rslora", "yes"),
     "base model as a list": ("base_model_name_or_path", ["a"]),
     "base model with a lone surrogate": ("base_model_name_or_path", "\ud800"),
+    "base model with NUL": ("base_model_name_or_path", "acme/\0"),
+    "base model of 10 KB": ("base_model_name_or_path", "x" * 10_240),
+    "PEFT version of 65 characters": ("peft_version", "1" * 65),
+    "PEFT version as a number": ("peft_version", 0.19),
+    "PEFT version that can't be printed": ("peft_version", "1\n"),
+    "fan_in_fan_out as text": ("fan_in_fan_out", "yes"),
+    "pattern of layers without layers": ("layers_pattern", "layers"),
+    "rank pattern that is true": ("rank_pattern", {"q_proj": True}),
+    "alpha pattern of 0": ("alpha_pattern", {"q_proj": 0}),
 }
 
 
@@ -273,10 +289,31 @@ def test_a_config_that_is_no_json_object_is_refused(raw: bytes, base: BaseModel)
     assert caught.value.context.field == CONFIG_FILE
 
 
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "-Infinity", "1e400", "-1e400"])
+def test_an_alpha_that_is_no_number_is_refused(alpha: str, base: BaseModel) -> None:
+    raw = f'{{"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "lora_alpha": {alpha}}}'
+    with pytest.raises(RpcError) as caught:
+        convert(raw.encode(), memoryview(b""), base, rank_max=64)
+    assert caught.value.reason is Reason.ADAPTER_INVALID
+
+
+@pytest.mark.parametrize("name", ["something_new", "bias", "r", "target_modules", "peft_version"])
+def test_a_value_that_is_nested_deeply_is_refused(name: str, base: BaseModel) -> None:
+    for depth in (10, 100, 300, 600, 900, 950, 980, 100_000):
+        for opening, inner, closing in (("[", "", "]"), ('{"a":', "1", "}")):
+            value = opening * depth + inner + closing * depth
+            raw = f'{{"peft_type": "LORA", "{name}": {value}}}'
+            with pytest.raises(RpcError) as caught:
+                convert(raw.encode(), memoryview(b""), base, rank_max=64)
+            caught.value.to_status()
+
+
+@pytest.mark.parametrize("rank", [65, 16384])
 def test_a_rank_over_the_limit_is_refused(
-    tmp_path: Path, shapes: Shapes, convert_folder: Convert
+    rank: int, tmp_path: Path, shapes: Shapes, convert_folder: Convert
 ) -> None:
-    _write(tmp_path, shapes, rank=65)
+    _write(tmp_path, shapes)
+    _change_config(tmp_path, r=rank)
     with pytest.raises(RpcError) as caught:
         convert_folder(tmp_path)
     assert caught.value.reason is Reason.ADAPTER_UNSUPPORTED
@@ -287,6 +324,14 @@ def _zero(tensors: dict[str, Any]) -> None:
     for name, bits in tensors.items():
         if "lora_B" in name:
             tensors[name] = np.zeros_like(bits)
+
+
+def _halves(tensors: dict[str, Any]) -> None:
+    """Ranks that have an A have no B, so each product is zero though no tensor is."""
+    for name, bits in tensors.items():
+        changed = bits.copy()
+        changed[(slice(None), slice(2)) if "lora_B" in name else slice(2, None)] = 0
+        tensors[name] = changed
 
 
 def _poison(value: float) -> Callable[[dict[str, Any]], None]:
@@ -314,6 +359,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Any]], object], Reason, str]] =
     "NaN": (_poison(math.nan), Reason.ADAPTER_INVALID, "infinite or NaN"),
     "infinity": (_poison(math.inf), Reason.ADAPTER_INVALID, "infinite or NaN"),
     "all B zero": (_zero, Reason.ADAPTER_INVALID, "no effect"),
+    "all products zero": (_halves, Reason.ADAPTER_INVALID, "no effect"),
     "no tensors": (dict.clear, Reason.ADAPTER_INVALID, "no tensors"),
     "missing B": (_drop(f"{Q0}.lora_B.weight"), Reason.ADAPTER_INVALID, "missing"),
     "missing A": (_drop(f"{Q0}.lora_A.weight"), Reason.ADAPTER_INVALID, "missing"),
@@ -349,15 +395,45 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Any]], object], Reason, str]] =
         "lora_magnitude_vector",
     ),
     "bias of B": (_put(f"{Q0}.lora_B.bias", 32), Reason.ADAPTER_UNSUPPORTED, "lora_B.bias"),
-    "embedding": (
+    "embedding that is not targeted": (
         _put("base_model.model.model.embed_tokens.lora_embedding_A", 4, 64),
-        Reason.ADAPTER_UNSUPPORTED,
-        "lora_embedding_A",
+        Reason.ADAPTER_INVALID,
+        "does not target",
     ),
-    "lm_head": (
-        _put("base_model.model.lm_head.lora_A.weight", 4, 32),
+    "embedding as a linear": (
+        _put("base_model.model.model.embed_tokens.lora_A.weight", 4, 64),
         Reason.ADAPTER_UNSUPPORTED,
-        "lm_head",
+        "model.embed_tokens",
+    ),
+    "a norm": (
+        _put("base_model.model.model.norm.lora_A.weight", 4, 32),
+        Reason.ADAPTER_UNSUPPORTED,
+        "model.norm",
+    ),
+    "trainable tokens": (
+        _put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 2, 32),
+        Reason.ADAPTER_UNSUPPORTED,
+        "trainable_tokens_delta",
+    ),
+    "a path that climbs": (
+        _put("base_model.model.model.layers.0.self_attn.q_proj/../../x.lora_A.weight", 4, 32),
+        Reason.ADAPTER_UNSUPPORTED,
+        "not served",
+    ),
+    "NUL in a name": (
+        _put("base_model.model.model.layers.0.self_attn.q_proj\0.lora_A.weight", 4, 32),
+        Reason.ADAPTER_UNSUPPORTED,
+        "x00",
+    ),
+    "a digit that is none of ASCII": (
+        _put("base_model.model.model.layers.\u0660.self_attn.q_proj.lora_A.weight", 4, 32),
+        Reason.ADAPTER_UNSUPPORTED,
+        "not served",
+    ),
+    "a name of 10 KB": (
+        _put(f"base_model.model.{'x' * 10_240}.lora_A.weight", 4, 32),
+        Reason.ADAPTER_UNSUPPORTED,
+        "not served",
     ),
     "a full weight": (
         _put("base_model.model.lm_head.weight", 64, 32),
@@ -388,7 +464,9 @@ def test_weights_that_do_not_fit_are_refused(
         convert_folder(tmp_path)
     assert caught.value.reason is reason
     assert message in caught.value.message
+    assert len(caught.value.message) < 500
     assert caught.value.context.field
+    caught.value.to_status()
 
 
 def test_one_module_without_effect_does_not_matter(
@@ -400,6 +478,83 @@ def test_one_module_without_effect_does_not_matter(
     _write(tmp_path, shapes)
     _change_tensors(tmp_path, zero_one)
     convert_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"), [(2.0**53, "overflows"), (1e-300, "no effect"), (5e-324, "no effect")]
+)
+def test_a_scale_that_leaves_the_range_of_numbers_is_refused(
+    alpha: float, message: str, tmp_path: Path, shapes: Shapes, convert_folder: Convert
+) -> None:
+    _write(tmp_path, shapes)
+    _change_config(tmp_path, lora_alpha=alpha)
+    _change_tensors(tmp_path, _enlarge)
+    with pytest.raises(RpcError) as caught:
+        convert_folder(tmp_path)
+    assert caught.value.reason is Reason.ADAPTER_INVALID
+    assert message in caught.value.message
+
+
+def _enlarge(tensors: dict[str, Any]) -> None:
+    tensors[f"{Q0}.lora_B.weight"] = to_bits(np.full((32, 4), 1e30), "BF16")
+
+
+def test_embedding_and_head_lie_before_and_behind_the_layers(
+    tmp_path: Path, shapes: Shapes, convert_folder: Convert
+) -> None:
+    outer = {"embed_tokens": (64, 32), "lm_head": (32, 64)}
+    _write(tmp_path, shapes | outer, target_modules=["lm_head", "q_proj", "embed_tokens"])
+    converted = convert_folder(tmp_path)
+    header = read_header(converted.blob)
+    assert [chunk.layer for chunk in header.layers] == [-1, 0, 1, 2]
+    first, last = header.modules[0], header.modules[-1]
+    assert (first.module, first.in_features, first.out_features) == ("embed_tokens", 64, 32)
+    assert (last.module, last.in_features, last.out_features) == ("lm_head", 32, 64)
+    assert converted.weights.target_modules == ("embed_tokens", "lm_head", "q_proj")
+
+
+OUTER = {
+    "base_model.model.model.embed_tokens.lora_embedding_A": (4, 64),
+    "base_model.model.model.embed_tokens.lora_embedding_B": (32, 4),
+    "base_model.model.lm_head.lora_A.weight": (4, 32),
+    "base_model.model.lm_head.lora_B.weight": (64, 4),
+}
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_embedding_and_head_need_both_their_tensors(
+    name: str, tmp_path: Path, shapes: Shapes, convert_folder: Convert
+) -> None:
+    _write(tmp_path, shapes)
+    _change_config(tmp_path, target_modules=["q_proj", "v_proj", "lm_head", "embed_tokens"])
+
+    def add(tensors: dict[str, Any]) -> None:
+        for other, shape in OUTER.items():
+            if other != name:
+                _put(other, *shape)(tensors)
+
+    _change_tensors(tmp_path, add)
+    with pytest.raises(RpcError) as caught:
+        convert_folder(tmp_path)
+    assert (caught.value.reason, caught.value.context.field) == (Reason.ADAPTER_INVALID, name)
+
+
+def test_the_peft_version_is_kept(tmp_path: Path, shapes: Shapes, convert_folder: Convert) -> None:
+    _write(tmp_path, shapes)
+    assert convert_folder(tmp_path).peft_version == ""
+    _change_config(tmp_path, peft_version="0.19.1.dev0@4f2c")
+    assert convert_folder(tmp_path).peft_version == "0.19.1.dev0@4f2c"
+
+
+def test_many_targets_and_layers_together_are_refused(
+    tmp_path: Path, shapes: Shapes, convert_folder: Convert
+) -> None:
+    _write(tmp_path, shapes)
+    names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(20)]
+    _change_config(tmp_path, target_modules=names, layers_to_transform=[0])
+    with pytest.raises(RpcError) as caught:
+        convert_folder(tmp_path)
+    assert caught.value.context.field == "layers_to_transform"
 
 
 def test_mixed_dtypes_are_refused(tmp_path: Path, shapes: Shapes, convert_folder: Convert) -> None:

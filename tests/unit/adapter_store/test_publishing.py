@@ -1,4 +1,6 @@
 import asyncio
+import hashlib
+import json
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,9 +11,10 @@ import pytest
 
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
 from services.adapter_store.blobs import Blobs, blob_path
+from services.adapter_store.changes import Terms, delete_all
 from services.adapter_store.collect import Collector
 from services.adapter_store.disk_cache import DiskCache
-from services.adapter_store.entries import delete_all
+from services.adapter_store.entries import Provenance
 from services.adapter_store.peft import BaseModel
 from services.adapter_store.publishing import Published, Publisher
 from services.adapter_store.registry import Registry
@@ -41,7 +44,7 @@ class Store:
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             spool.append(file, (peft / file).read_bytes())
         try:
-            known = Metadata(name, aliases=(), dry_run=False)
+            known = Metadata(name)
             return await self.publisher.publish(replace(known, **metadata), spool)
         finally:
             spool.close()
@@ -70,7 +73,7 @@ def _path(published: Published) -> str:
 
 
 async def test_a_published_adapter_can_be_read_back(store: Store, peft: Path) -> None:
-    published = await store.publish(peft, aliases=("stable",))
+    published = await store.publish(peft, terms=Terms(("stable",)))
     digest = published.version.weights.digest
     data = b"".join([chunk.data async for chunk in store.blobs.read(digest, offset=0)])
     assert len(data) == published.version.weights.size_bytes
@@ -80,10 +83,47 @@ async def test_a_published_adapter_can_be_read_back(store: Store, peft: Path) ->
 
 async def test_publishing_again_makes_no_version(store: Store, peft: Path) -> None:
     first = await store.publish(peft)
-    again = await store.publish(peft, aliases=("stable",))
+    again = await store.publish(peft, terms=Terms(("stable",)))
     assert again.already_published
     assert again.version == first.version
     assert store.registry.live_entry("a").aliases == {"stable": 1}  # type: ignore[union-attr]
+
+
+async def test_a_version_says_where_it_came_from(store: Store, peft: Path) -> None:
+    terms = Terms(labels={"team": "x"}, provenance=Provenance(source="run 7", publisher="acme"))
+    version = (await store.publish(peft, terms=terms)).version
+    config, data = ((peft / file).read_bytes() for file in (CONFIG_FILE, WEIGHTS_FILE))
+    assert version.labels == {"team": "x"}
+    assert version.provenance == Provenance(
+        source="run 7",
+        publisher="acme",
+        peft_version=json.loads(config).get("peft_version", ""),
+        config_sha256=hashlib.sha256(config).hexdigest(),
+        weights_sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+async def test_a_dry_run_is_refused_for_what_publishing_is_refused_for(
+    store: Store, peft: Path
+) -> None:
+    await store.publish(peft)
+    for dry_run in (True, False):
+        with pytest.raises(RpcError) as caught:
+            await store.publish(peft, terms=Terms(number=2), dry_run=dry_run)
+        assert caught.value.reason is Reason.ADAPTER_VERSION_EXISTS
+
+
+async def test_a_name_of_others_is_refused_before_anything_is_stored(
+    store: Store, peft: Path
+) -> None:
+    await store.publish(peft, terms=Terms(tenants=("acme",)))
+    before = await store.stored()
+    for dry_run in (True, False):
+        terms = Terms(provenance=Provenance(publisher="other"))
+        with pytest.raises(RpcError) as caught:
+            await store.publish(peft, terms=terms, dry_run=dry_run)
+        assert caught.value.reason is Reason.PERMISSION_DENIED
+    assert await store.stored() == before
 
 
 async def test_a_dry_run_reports_and_leaves_nothing(store: Store, peft: Path) -> None:
@@ -194,12 +234,24 @@ async def _receive(
 async def test_a_whole_upload_is_received(tmp_path: Path) -> None:
     metadata = await _receive(
         tmp_path,
-        _metadata(aliases=["x"], dry_run=True),
+        _metadata(
+            aliases=["x"],
+            dry_run=True,
+            version=3,
+            labels={"b": "2", "a": "1"},
+            source="run 7",
+            tenants=["b", "a", "b"],
+            tenant="a",
+        ),
         _chunk(),
         _chunk(WEIGHTS_FILE, b"123"),
         _chunk(WEIGHTS_FILE, b"456"),
     )
-    assert metadata == Metadata("a", ("x",), dry_run=True)
+    terms = Terms(
+        ("x",), 3, {"a": "1", "b": "2"}, ("a", "b"), Provenance(source="run 7", publisher="a")
+    )
+    assert metadata == Metadata("a", dry_run=True, terms=terms)
+    assert list(metadata.terms.labels) == ["a", "b"]
 
 
 WRONG = Reason.INVALID_FIELD
@@ -217,6 +269,34 @@ BAD_UPLOADS: dict[str, tuple[list[pb.PublishRequest], Reason, str]] = {
     "path as name": ([_metadata(name="../x")], WRONG, "metadata.name"),
     "digits as alias": ([_metadata(aliases=["12"])], WRONG, "metadata.aliases"),
     "many aliases": ([_metadata(aliases=["x"] * 17)], LIMIT, "metadata.aliases"),
+    "name with a slash": ([_metadata(name="a/b")], WRONG, "metadata.name"),
+    "name with a comma": ([_metadata(name="a,b")], WRONG, "metadata.name"),
+    "name with NUL": ([_metadata(name="a\0")], WRONG, "metadata.name"),
+    "name of 10 KB": ([_metadata(name="a" * 10_240)], WRONG, "metadata.name"),
+    "lookalike name": ([_metadata(name="\u0430dapter")], WRONG, "metadata.name"),
+    "version -1": ([_metadata(version=-1)], WRONG, "metadata.version"),
+    "version 10^15": ([_metadata(version=10**15)], WRONG, "metadata.version"),
+    "33 labels": ([_metadata(labels={f"k{n}": "" for n in range(33)})], LIMIT, "metadata.labels"),
+    "no label key": ([_metadata(labels={"": "x"})], WRONG, "metadata.labels"),
+    "label key A": ([_metadata(labels={"A": "x"})], WRONG, "metadata.labels"),
+    "long label key": ([_metadata(labels={"k" * 65: "x"})], WRONG, "metadata.labels"),
+    "long label": ([_metadata(labels={"k": "x" * 257})], LIMIT, "metadata.labels"),
+    "label with escape": ([_metadata(labels={"k": "\x1b[2J"})], WRONG, "metadata.labels"),
+    "long source": ([_metadata(source="x" * 513)], LIMIT, "metadata.source"),
+    "source with NUL": ([_metadata(source="\0")], WRONG, "metadata.source"),
+    "tenant with space": ([_metadata(tenants=["a b"])], WRONG, "metadata.tenants"),
+    "no tenant": ([_metadata(tenants=[""])], WRONG, "metadata.tenants"),
+    "1001 tenants": (
+        [_metadata(tenants=[f"t{n}" for n in range(1001)])],
+        LIMIT,
+        "metadata.tenants",
+    ),
+    "lookalike tenant": ([_metadata(tenant="\u0430cme")], WRONG, "metadata.tenant"),
+    "not for its publisher": (
+        [_metadata(tenants=["a"], tenant="b")],
+        WRONG,
+        "metadata.tenants",
+    ),
     "pickle": ([_metadata(), _chunk("adapter_model.bin")], UNSUPPORTED, "chunk.file"),
     "path as file": ([_metadata(), _chunk("../adapter_config.json")], UNSUPPORTED, "chunk.file"),
     "no file name": ([_metadata(), _chunk("")], UNSUPPORTED, "chunk.file"),

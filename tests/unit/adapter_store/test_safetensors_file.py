@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from services.adapter_store.safetensors_file import (
     HEADER_BYTES_MAX,
     bits_of,
-    is_finite,
-    is_zero,
+    float_values,
+    largest,
     parse_tensors,
 )
 from services.common.errors import Reason, RpcError
@@ -117,18 +117,21 @@ def test_a_name_that_has_no_utf8_form_can_be_reported() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_infinity_nan_and_zero_are_told_from_numbers(dtype: str) -> None:
-    bits = to_bits(np.array([0.0, -0.0]), dtype)
-    assert is_zero(bits, dtype)
-    assert is_finite(bits, dtype)
-    largest = {"BF16": 3.3e38, "F16": 65504.0, "F32": 3.4e38}[dtype]
-    assert is_finite(to_bits(np.array([largest, -1e-7]), dtype), dtype)
-    assert not is_zero(to_bits(np.array([0.0, 1e-7]), dtype), dtype)
-    for bad in (np.inf, -np.inf):
-        assert not is_finite(to_bits(np.array([1.0, bad]), dtype), dtype)
-    everything_set = np.array([-1], dtype=np.int64).astype(bits.dtype)
-    assert np.isnan(from_bits(everything_set, dtype)).all()
-    assert not is_finite(everything_set, dtype)
+def test_bits_stand_for_their_numbers(dtype: str) -> None:
+    values = np.array([[0.0, -0.0, 1.5], [-2.0, 2.0**-14, 65504.0 if dtype == "F16" else 2.0**127]])
+    assert np.array_equal(float_values(to_bits(values, dtype), dtype), values.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_the_largest_magnitude_tells_numbers_from_infinity_and_nan(dtype: str) -> None:
+    values = np.array([[0.0, -0.0], [1.0, -3.0], [2.0**-14, 0.0], [np.inf, 1.0], [1.0, -np.inf]])
+    bits = to_bits(values, dtype)
+    assert largest(bits, dtype, axis=1).tolist() == [0.0, 3.0, 2.0**-14, np.inf, np.inf]
+    assert largest(bits[:3], dtype, axis=0).tolist() == [1.0, 3.0]
+    everything_set = np.array([[-1, 0]], dtype=np.int64).astype(bits.dtype)
+    assert np.isnan(from_bits(everything_set[:, :1], dtype)).all()
+    assert np.isnan(largest(everything_set, dtype, axis=1)).all()
+    assert np.isnan(largest(np.vstack([everything_set, bits[3:4]]), dtype, axis=0)[0])
 
 
 @settings(deadline=None)

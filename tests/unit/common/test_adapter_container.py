@@ -1,3 +1,4 @@
+import hashlib
 import json
 import struct
 from dataclasses import asdict
@@ -61,7 +62,7 @@ def test_each_layer_is_one_range_with_its_digest() -> None:
         end += chunk.size_bytes
         start = header.payload_offset + chunk.offset
         layer_bytes = blob[start : start + chunk.size_bytes]
-        assert digest_of(layer_bytes) == f"sha256:{chunk.sha256}"
+        assert hashlib.sha256(layer_bytes).hexdigest() == chunk.sha256
     assert end == header.payload_bytes
 
 
@@ -96,6 +97,13 @@ def _entry(**changes: Any) -> dict[str, Any]:
     return {**asdict(read_header(encode(ROWS, dtype="BF16")).modules[0]), **changes}
 
 
+def _with_first(**changes: Any) -> dict[str, Any]:
+    """The fields of a right header, but for the first entry."""
+    fields = _fields()
+    fields["modules"][0] |= changes
+    return fields
+
+
 BAD = {
     "empty": b"",
     "short": MAGIC,
@@ -108,12 +116,37 @@ BAD = {
     "unknown dtype": _blob(_fields(dtype="I8")),
     "dtype of another size": _blob(_fields(dtype="F32")),
     "no modules": _blob(_fields(modules=[], payload_bytes=0)),
-    "rank 0": _blob(_fields(modules=[_entry(rank=0)])),
-    "gap": _blob(_fields(modules=[_entry(offset=256)])),
+    "rank 0": _blob(_with_first(rank=0)),
+    "gap": _blob(_with_first(offset=256)),
     "not covered": _blob(_fields(modules=[_entry()])),
-    "unknown field": _blob(_fields(modules=[_entry(extra=1)])),
-    "text as rank": _blob(_fields(modules=[_entry(rank="4")])),
-    "fractional rank": _blob(_fields(modules=[_entry(rank=4.0)])),
+    "unknown field": _blob(_with_first(extra=1)),
+    "text as rank": _blob(_with_first(rank="4")),
+    "fractional rank": _blob(_with_first(rank=4.0)),
+    "scale over every float": _blob(_with_first(scale=10**400)),
+    "infinite scale": _blob(_with_first(scale=float("inf"))),
+    "scale that is true": _blob(_with_first(scale=True)),
+    "layer before the embedding": _blob(_with_first(layer=-2)),
+    "layer that is false": _blob(_with_first(layer=False)),
+    "module that is a number": _blob(_with_first(module=1)),
+    "scale that is no number": _blob(_with_first(scale=float("nan"))),
+    "the same module twice": _blob(
+        _fields(
+            modules=[_entry(), _entry(offset=320)],
+            layers=[{"layer": 0, "offset": 0, "size_bytes": 640, "sha256": "0" * 64}],
+            payload_bytes=640,
+        )
+    ),
+    "fractional size of the payload": _blob(
+        _fields(payload_bytes=float(_fields()["payload_bytes"]))
+    ),
+    "fractional offset of a layer": _blob(
+        _fields(
+            layers=[{**chunk, "offset": float(chunk["offset"])} for chunk in _fields()["layers"]]
+        )
+    ),
+    "number as a layer's digest": _blob(
+        _fields(layers=[{**chunk, "sha256": 1} for chunk in _fields()["layers"]])
+    ),
     "module that is a list": _blob(_fields(modules=[[]])),
     "dtype that is a list": _blob(_fields(dtype=["BF16"])),
     "layers beyond the payload": _blob(
@@ -123,10 +156,21 @@ BAD = {
 }
 
 
+def test_what_is_made_wrong_below_is_right() -> None:
+    assert read_header(_blob(_with_first(scale=1.5))).modules[0].scale == 1.5
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_a_malformed_blob_is_refused(what: str) -> None:
     with pytest.raises(ContainerError):
         read_header(BAD[what])
+
+
+def test_a_refusal_is_short_whatever_the_header_holds() -> None:
+    for entry in (_entry(module="x" * 10**6, rank=0), _entry(**{"y" * 10**6: 1})):
+        with pytest.raises(ContainerError) as caught:
+            read_header(_blob(_fields(modules=[entry])))
+        assert len(str(caught.value)) < 300
 
 
 @settings(deadline=None)
@@ -170,3 +214,11 @@ def test_a_header_with_a_wrong_value_is_read_or_refused(
 def test_the_header_can_be_read_from_the_front_alone() -> None:
     blob = encode(ROWS, dtype="BF16")
     assert read_header(memoryview(blob)[: 12 + header_size(blob)]) == read_header(blob)
+
+
+def test_the_digest_of_half_a_header_is_refused() -> None:
+    blob = encode(ROWS, dtype="BF16")
+    front_bytes = read_header(blob).payload_offset
+    assert digest_of(blob[:front_bytes]) == digest_of(blob)
+    with pytest.raises(ContainerError):
+        digest_of(blob[: front_bytes - 1])
