@@ -1,9 +1,7 @@
-"""`calumma adapters …`: publish, find, name and delete adapters in the adapter store."""
+"""`calumma adapters …`: publish and find adapters, and the names of all other commands on them."""
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Final
@@ -12,9 +10,16 @@ import typer
 from rich.text import Text
 
 from calumma.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
-from services.cli import output
-from services.cli.connect import CALL_TIMEOUT_S, dialled
-from services.cli.shapes import AdapterShape, PublishShape
+from services.cli import adapter_changes, output, unload
+from services.cli.adapter_shapes import AdapterShape, PublishShape, VersionShape
+from services.cli.connect import CALL_TIMEOUT_S
+from services.cli.store import (
+    VERSION_MAX,
+    LabelsOption,
+    ReferenceArgument,
+    labels_of,
+    store_of,
+)
 
 FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 PUBLISH_TIMEOUT_S: Final = 600.0
@@ -22,8 +27,6 @@ _CHUNK_BYTES = 2**19
 _PAGE_SIZE = 1000
 
 app = typer.Typer(help="Publish, find, name and delete adapters.", no_args_is_help=True)
-NameArgument = Annotated[str, typer.Argument(metavar="NAME")]
-ReferenceArgument = Annotated[str, typer.Argument(metavar="NAME[@VERSION]")]
 
 
 @app.command("publish")
@@ -37,6 +40,16 @@ def publish(
     alias: Annotated[
         list[str] | None, typer.Option(help="Alias for the new version. Repeatable.")
     ] = None,
+    version: Annotated[
+        int, typer.Option(min=0, max=VERSION_MAX, help="Number that it must get. 0: the next one.")
+    ] = 0,
+    label: LabelsOption = None,
+    source: Annotated[str, typer.Option(help="Where it comes from, for example a URL.")] = "",
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(help="Tenant that may use a new adapter. Repeatable; none: all may."),
+    ] = None,
+    publisher: Annotated[str, typer.Option(help="Tenant that publishes it.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check only.")] = False,
     as_json: output.JsonFlag = False,
 ) -> None:
@@ -44,9 +57,18 @@ def publish(
 
     The same weights under the same name are recognised and make no new version.
     """
-    metadata = adapter_store_pb2.PublishMetadata(name=name, dry_run=dry_run, aliases=alias or [])
+    metadata = adapter_store_pb2.PublishMetadata(
+        name=name,
+        dry_run=dry_run,
+        aliases=alias or [],
+        version=version,
+        labels=labels_of(label),
+        source=source,
+        tenants=tenant or [],
+        tenant=publisher,
+    )
     size_bytes = folder_bytes(folder)
-    with output.byte_progress(f"publishing {name}") as progress, _store(ctx) as store:
+    with output.byte_progress(f"publishing {name}") as progress, store_of(ctx) as store:
         progress.expect(size_bytes)
         requests = publish_requests(folder, metadata, on_sent=progress.advance)
         response = store.Publish(requests, timeout=PUBLISH_TIMEOUT_S)
@@ -62,11 +84,22 @@ def list_adapters(
     ctx: typer.Context,
     *,
     prefix: Annotated[str, typer.Option(help="Only names that begin with this.")] = "",
+    label: LabelsOption = None,
+    base_model: Annotated[str, typer.Option(help="Only those trained on this model.")] = "",
+    digest: Annotated[str, typer.Option(help="Only those with these weights.")] = "",
+    tenant: Annotated[str, typer.Option(help="Only what this tenant may use.")] = "",
     as_json: output.JsonFlag = False,
 ) -> None:
-    """List what is published, by name."""
-    with _store(ctx) as store:
-        shapes = [AdapterShape.of(adapter) for adapter in all_adapters(store, prefix=prefix)]
+    """List what is published, by name. An adapter is listed when one of its versions fits."""
+    request = adapter_store_pb2.ListRequest(
+        name_prefix=prefix,
+        labels=labels_of(label),
+        base_model=base_model,
+        digest=digest,
+        tenant=tenant,
+    )
+    with store_of(ctx) as store:
+        shapes = [AdapterShape.of(adapter) for adapter in all_adapters(store, request)]
     if as_json:
         output.print_json({"adapters": [asdict(shape) for shape in shapes]})
         return
@@ -76,7 +109,7 @@ def list_adapters(
         table.add_row(
             Text(shape.name, style="bold"),
             str(len(shape.versions)),
-            output.aliases_text(shape.aliases),
+            Text(_aliases_text(shape)),
             str(latest.rank),
             output.size_text(latest.size_bytes),
             output.modules_text(latest.target_modules),
@@ -87,84 +120,32 @@ def list_adapters(
 
 @app.command("show")
 def show(
-    ctx: typer.Context, reference: ReferenceArgument, *, as_json: output.JsonFlag = False
+    ctx: typer.Context,
+    reference: ReferenceArgument,
+    *,
+    tenant: Annotated[str, typer.Option(help="As this tenant may see it.")] = "",
+    as_json: output.JsonFlag = False,
 ) -> None:
     """Show an adapter with all its versions; the resolved one is marked."""
-    with _store(ctx) as store:
-        request = adapter_store_pb2.GetRequest(adapter=reference)
+    with store_of(ctx) as store:
+        request = adapter_store_pb2.GetRequest(adapter=reference, tenant=tenant)
         response = store.Get(request, timeout=CALL_TIMEOUT_S)
     shape = AdapterShape.of(response.adapter)
     resolved = response.version.ref.version
     if as_json:
         output.print_json({"resolved_version": resolved, **asdict(shape)})
         return
-    output.stdout.print(Text(shape.name, style="bold"), f"revision {shape.revision}")
-    output.stdout.print("aliases:", output.aliases_text(shape.aliases) or "none")
-    table = output.table("version", "digest", "rank", "dtype", "size", "modules", "published")
-    for version in shape.versions:
-        table.add_row(
-            f"{version.version} ←" if version.version == resolved else str(version.version),
-            output.short_digest(version.digest),
-            str(version.rank),
-            version.dtype,
-            output.size_text(version.size_bytes),
-            output.modules_text(version.target_modules),
-            output.age_text(version.created),
-        )
-    output.stdout.print(table)
+    _show_adapter(shape, resolved)
 
 
-@app.command("alias")
-def set_alias(
-    ctx: typer.Context,
-    name: NameArgument,
-    alias: Annotated[str, typer.Argument(metavar="ALIAS")],
-    version: Annotated[int, typer.Argument(metavar="VERSION", min=1, max=2**63 - 1)],
-    *,
-    as_json: output.JsonFlag = False,
-) -> None:
-    """Point ALIAS of NAME at VERSION."""
-    request = adapter_store_pb2.SetAliasRequest(name=name, alias=alias, version=version)
-    with _store(ctx) as store:
-        response = store.SetAlias(request, timeout=CALL_TIMEOUT_S)
-    _show_changed(response.adapter, f"{name}@{alias} is version {version}", as_json=as_json)
-
-
-@app.command("unalias")
-def delete_alias(
-    ctx: typer.Context,
-    name: NameArgument,
-    alias: Annotated[str, typer.Argument(metavar="ALIAS")],
-    *,
-    as_json: output.JsonFlag = False,
-) -> None:
-    """Remove ALIAS from NAME; its version stays."""
-    request = adapter_store_pb2.DeleteAliasRequest(name=name, alias=alias)
-    with _store(ctx) as store:
-        response = store.DeleteAlias(request, timeout=CALL_TIMEOUT_S)
-    _show_changed(response.adapter, f"{name}@{alias} is gone", as_json=as_json)
-
-
-@app.command("delete")
-def delete(
-    ctx: typer.Context,
-    reference: ReferenceArgument,
-    *,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: output.JsonFlag = False,
-) -> None:
-    """Delete one version, or the adapter with all its versions and aliases."""
-    if not yes:
-        if as_json or not sys.stdin.isatty():
-            raise typer.BadParameter("needed where nobody can be asked", param_hint="--yes")
-        typer.confirm(f"Delete {reference}?", abort=True, err=True)
-    with _store(ctx) as store:
-        request = adapter_store_pb2.DeleteRequest(adapter=reference)
-        store.Delete(request, timeout=CALL_TIMEOUT_S)
-    if as_json:
-        output.print_json({"deleted": reference})
-    else:
-        output.stdout.print(Text(f"{reference} is deleted"))
+app.command("alias")(adapter_changes.set_alias)
+app.command("rollback")(adapter_changes.roll_back)
+app.command("unalias")(adapter_changes.delete_alias)
+app.command("visibility")(adapter_changes.set_visibility)
+app.command("pin")(adapter_changes.pin)
+app.command("unpin")(adapter_changes.unpin)
+app.command("delete")(unload.delete)
+app.command("unload")(unload.unload)
 
 
 def publish_requests(
@@ -193,10 +174,12 @@ def folder_bytes(folder: Path) -> int:
 
 
 def all_adapters(
-    store: adapter_store_pb2_grpc.AdapterStoreServiceStub, *, prefix: str = ""
+    store: adapter_store_pb2_grpc.AdapterStoreServiceStub,
+    wanted: adapter_store_pb2.ListRequest | None = None,
 ) -> Iterator[adapter_store_pb2.Adapter]:
     """Every page of List."""
-    request = adapter_store_pb2.ListRequest(page_size=_PAGE_SIZE, name_prefix=prefix)
+    request = adapter_store_pb2.ListRequest(page_size=_PAGE_SIZE)
+    request.MergeFrom(wanted or adapter_store_pb2.ListRequest())
     while True:
         page = store.List(request, timeout=CALL_TIMEOUT_S)
         yield from page.adapters
@@ -205,10 +188,36 @@ def all_adapters(
         request.page_token = page.next_page_token
 
 
-@contextmanager
-def _store(ctx: typer.Context) -> Generator[adapter_store_pb2_grpc.AdapterStoreServiceStub]:
-    with dialled("adapter_store", output.session_of(ctx).addresses.adapter_store) as channel:
-        yield adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
+def _show_adapter(shape: AdapterShape, resolved: int) -> None:
+    output.stdout.print(Text(shape.name, style="bold"), f"revision {shape.revision}")
+    output.stdout.print(Text(f"aliases: {_aliases_text(shape) or 'none'}"))
+    if shape.previous_versions:
+        previous = output.aliases_text(shape.previous_versions)
+        output.stdout.print(Text(f"before: {previous}"))
+    output.stdout.print(Text(f"tenants: {', '.join(shape.tenants) or 'all'}"))
+    for pin in shape.pins:
+        what = f"@{pin.selector}" if pin.selector else "newest"
+        text = output.printable(pin.reason)
+        output.stdout.print(Text(f"pinned: {what}, {output.age_text(pin.created)}: {text}"))
+    table = output.table(
+        "version", "digest", "rank", "dtype", "size", "modules", "published", "labels", "source"
+    )
+    for version in shape.versions:
+        origin = version.provenance
+        by = f"by {origin.publisher}" if origin.publisher else ""
+        source = " ".join(part for part in (origin.source, by) if part)
+        table.add_row(
+            f"{version.version} ←" if version.version == resolved else str(version.version),
+            output.short_digest(version.digest),
+            str(version.rank),
+            version.dtype,
+            output.size_text(version.size_bytes),
+            output.modules_text(version.target_modules),
+            output.age_text(version.created),
+            Text(output.printable(_labels_text(version))),
+            Text(output.printable(source)),
+        )
+    output.stdout.print(table)
 
 
 def _show_published(shape: PublishShape) -> None:
@@ -223,9 +232,9 @@ def _show_published(shape: PublishShape) -> None:
     digest = output.short_digest(version.digest)
     facts = f"{digest} · rank {version.rank} · {output.size_text(version.size_bytes)}"
     output.stdout.print(Text(f"{facts} · {version.parameters:,} parameters"))
-    table = output.table("module", "modules", "rank", "scale")
+    table = output.table("module", "modules", "tensors", "rank", "scale")
     for (module, rank, scale), count in _grouped(shape).items():
-        table.add_row(Text(module), str(count), str(rank), f"{scale:g}")
+        table.add_row(Text(module), str(count), str(2 * count), str(rank), f"{scale:g}")
     output.stdout.print(table)
 
 
@@ -237,8 +246,15 @@ def _grouped(shape: PublishShape) -> Counter[tuple[str, int, float]]:
     )
 
 
-def _show_changed(adapter: adapter_store_pb2.Adapter, text: str, *, as_json: bool) -> None:
-    if as_json:
-        output.print_json(AdapterShape.of(adapter))
-    else:
-        output.stdout.print(Text(text))
+def _aliases_text(shape: AdapterShape) -> str:
+    """For example "stable→3 (5 % →4)"."""
+    return ", ".join(
+        f"{alias}→{version}"
+        + (f" ({canary.percent} % →{canary.version})" if canary is not None else "")
+        for alias, version in shape.aliases.items()
+        for canary in (shape.canaries.get(alias),)
+    )
+
+
+def _labels_text(version: VersionShape) -> str:
+    return " ".join(f"{key}={value}" for key, value in version.labels.items())

@@ -5,84 +5,11 @@ RFC 3339 in UTC. Enum values are the proto's names in lower case without their p
 """
 
 from dataclasses import dataclass
-from datetime import UTC
 
-from calumma.adapter_store.v1 import adapter_store_pb2
 from calumma.common.v1 import common_pb2
 from calumma.gateway.v1 import gateway_pb2
 from calumma.scheduler.v1 import scheduler_pb2
-
-
-@dataclass(frozen=True, slots=True)
-class VersionShape:
-    """One immutable version of an adapter."""
-
-    name: str
-    version: int
-    digest: str
-    rank: int
-    size_bytes: int
-    dtype: str
-    target_modules: tuple[str, ...]
-    parameters: int
-    base_model: str
-    created: str
-
-    @classmethod
-    def of(cls, version: adapter_store_pb2.AdapterVersion) -> "VersionShape":
-        created = version.create_time.ToDatetime(tzinfo=UTC).isoformat(timespec="seconds")
-        return cls(
-            name=version.ref.name,
-            version=version.ref.version,
-            digest=version.ref.digest,
-            rank=version.ref.rank,
-            size_bytes=version.ref.size_bytes,
-            dtype=version.dtype,
-            target_modules=tuple(version.target_modules),
-            parameters=version.parameters,
-            base_model=version.base_model,
-            created=created if version.HasField("create_time") else "",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterShape:
-    """A registered adapter, oldest version first. `adapters list` prints {"adapters": […]}."""
-
-    name: str
-    revision: int
-    aliases: dict[str, int]
-    versions: tuple[VersionShape, ...]
-
-    @classmethod
-    def of(cls, adapter: adapter_store_pb2.Adapter) -> "AdapterShape":
-        versions = tuple(VersionShape.of(version) for version in adapter.versions)
-        return cls(adapter.name, adapter.revision, dict(adapter.aliases), versions)
-
-
-@dataclass(frozen=True, slots=True)
-class BindingShape:
-    """A module that an adapter changes, and how."""
-
-    module: str
-    rank: int
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class PublishShape:
-    """What `adapters publish` did."""
-
-    dry_run: bool
-    already_published: bool
-    version: VersionShape
-    bindings: tuple[BindingShape, ...]
-
-    @classmethod
-    def of(cls, response: adapter_store_pb2.PublishResponse, *, dry_run: bool) -> "PublishShape":
-        bindings = tuple(BindingShape(b.module, b.rank, b.scale) for b in response.bindings)
-        version = VersionShape.of(response.version)
-        return cls(dry_run, response.already_published, version, bindings)
+from calumma.worker.v1 import worker_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +142,44 @@ class ResidentShape:
 
     digest: str
     name: str | None
-    tier: str
+    tier: str  # the nearest that has all of it
     rank: int
     size_bytes: int
     users: int
+    in_host: bool  # a copy is in host memory, too
+    pin_reason: str | None  # null: it is not pinned
+    ready_layers: int | None  # of a load under way, of `num_layers`; null: there is none
+    num_layers: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What a worker's adapter cache came to since it started."""
+
+    hits: int
+    misses: int
+    hit_rate: float | None  # null: no request had an adapter
+    evictions: int
+    loaded_bytes: int  # from host to device memory
+    downloaded_bytes: int  # from the store to host memory
+    prefetches: int
+    prefetch_hits: int
+    prefetch_wastes: int
+
+    @classmethod
+    def of(cls, counts: worker_pb2.AdapterCacheCounts) -> "CacheShape":
+        requests = counts.hits + counts.misses
+        return cls(
+            hits=counts.hits,
+            misses=counts.misses,
+            hit_rate=counts.hits / requests if requests else None,
+            evictions=counts.evictions,
+            loaded_bytes=counts.loaded_bytes,
+            downloaded_bytes=counts.downloaded_bytes,
+            prefetches=counts.prefetches,
+            prefetch_hits=counts.prefetch_hits,
+            prefetch_wastes=counts.prefetch_wastes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +200,7 @@ class WorkerShape:
     block_bytes: int
     step_s: float
     output_tokens: int
+    cache: CacheShape
     adapters: tuple[ResidentShape, ...]
 
 

@@ -11,13 +11,13 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.live import Live
 
-from calumma.adapter_store.v1 import adapter_store_pb2_grpc
+from calumma.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 from calumma.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from calumma.worker.v1 import worker_pb2, worker_pb2_grpc
 from services.cli import output
-from services.cli.adapters import all_adapters
 from services.cli.connect import HEALTH_NAMES
 from services.cli.shapes import (
+    CacheShape,
     HealthShape,
     QueueShape,
     ResidentShape,
@@ -31,29 +31,37 @@ from services.cli.status_view import render
 
 _PROBE_TIMEOUT_S: Final = 3.0
 _PROBES_AT_ONCE: Final = 16
+_NAMES_AT_ONCE: Final = 256  # digests that one refresh asks the store about
 
 
 @dataclass(slots=True)
 class _Names:
-    """Adapter names by digest, asked for again only when a digest is unknown."""
+    """Adapter names by digest, asked for when a digest is new."""
 
-    by_digest: dict[str, str] = field(default_factory=dict)
-    unknown: frozenset[str] = frozenset()
+    by_digest: dict[str, str | None] = field(default_factory=dict)
 
-    def refresh(self, digests: frozenset[str], address: str) -> None:
-        missing = digests - self.by_digest.keys()
-        if missing <= self.unknown:
+    def refresh(self, digests: Iterable[str], address: str) -> None:
+        missing = [digest for digest in digests if digest not in self.by_digest]
+        if not missing:
             return
         with grpc.insecure_channel(address) as channel:
             store = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
             try:
-                for adapter in all_adapters(store):
-                    for version in adapter.versions:
-                        name = f"{adapter.name}@{version.ref.version}"
-                        self.by_digest[version.ref.digest] = name
+                for digest in missing[:_NAMES_AT_ONCE]:
+                    self.by_digest[digest] = _name_of(store, digest)
             except grpc.RpcError:
                 return  # the store's own line says that it is not reachable
-        self.unknown = missing - self.by_digest.keys()
+
+
+def _name_of(store: adapter_store_pb2_grpc.AdapterStoreServiceStub, digest: str) -> str | None:
+    """The first adapter that has these weights, by its name."""
+    request = adapter_store_pb2.ListRequest(digest=digest)
+    answer = store.List(request, timeout=_PROBE_TIMEOUT_S)
+    for adapter in answer.adapters:
+        for version in adapter.versions:
+            if version.ref.digest == digest:
+                return f"{adapter.name}@{version.ref.version}"
+    return None
 
 
 def status(
@@ -113,7 +121,7 @@ def take_snapshot(addresses: output.Addresses, names: _Names) -> StatusShape:
         if not known:  # no worker attached, or nobody to ask: look at the usual place
             known = [scheduler_pb2.WorkerState(address=addresses.worker)]
         answers = list(pool.map(_worker_state, [worker.address for worker in known]))
-    digests = frozenset(a.digest for answer in answers if answer for a in answer.adapters)
+    digests = dict.fromkeys(a.digest for answer in answers if answer for a in answer.adapters)
     names.refresh(digests, addresses.adapter_store)
     workers = tuple(
         _worker_shape(worker, answer, names)
@@ -194,6 +202,7 @@ def _worker_shape(
         block_bytes=known.capacity.block_bytes,
         step_s=known.status.step_s,
         output_tokens=said.output_tokens,
+        cache=CacheShape.of(said.adapter_cache),
         adapters=tuple(_resident(adapter, names) for adapter in said.adapters),
     )
 
@@ -216,4 +225,8 @@ def _resident(adapter: worker_pb2.AdapterState, names: _Names) -> ResidentShape:
         rank=adapter.rank,
         size_bytes=adapter.size_bytes,
         users=adapter.users,
+        in_host=adapter.in_host,
+        pin_reason=adapter.pin_reason or None,
+        ready_layers=adapter.ready_layers if adapter.num_layers else None,
+        num_layers=adapter.num_layers or None,
     )

@@ -108,8 +108,31 @@ def _worker(worker: WorkerShape) -> Iterator[RenderableType]:
     step = f"step {output.seconds_text(worker.step_s)} · {worker.output_tokens:,} tokens so far"
     yield Text(f"{requests} · loading {worker.loading_requests} · {step}")
     yield _pool_bar(worker)
+    yield from _cache(worker)
     if worker.adapters:
         yield _adapters(worker.adapters)
+
+
+def _cache(worker: WorkerShape) -> Iterator[Text]:
+    """How many adapters are in each tier, with their bytes, and how well that goes."""
+    device = [adapter for adapter in worker.adapters if adapter.tier == "device"]
+    host = [adapter for adapter in worker.adapters if adapter.in_host]
+    line = Text(f"  adapters: {_counted(device)} on the device · {_counted(host)} in host memory")
+    if pinned := sum(adapter.pin_reason is not None for adapter in worker.adapters):
+        line.append(f" · {pinned} pinned")
+    yield line
+    cache = worker.cache
+    if cache.hit_rate is not None:
+        requests = cache.hits + cache.misses
+        hits = f"  cache: {cache.hit_rate:.0%} of {requests:,} requests found theirs on the device"
+        yield Text(f"{hits} · {cache.evictions:,} evicted")
+
+
+def _counted(adapters: list[ResidentShape]) -> str:
+    if not adapters:
+        return "none"
+    size_bytes = sum(adapter.size_bytes for adapter in adapters)
+    return f"{len(adapters)} ({output.size_text(size_bytes)})"
 
 
 def _pool_bar(worker: WorkerShape) -> Text:
@@ -136,16 +159,32 @@ def _cells(blocks: int, total: int) -> int:
 
 def _adapters(adapters: tuple[ResidentShape, ...]) -> Table:
     grid = Table.grid(padding=(0, 2))
-    busiest = sorted(adapters, key=lambda adapter: (-adapter.users, adapter.digest))
+    busiest = sorted(
+        adapters, key=lambda it: (-it.users, it.pin_reason is None, it.tier != "device", it.digest)
+    )
     for adapter in busiest[:_ADAPTERS_SHOWN]:
         grid.add_row(
             "",
             Text(adapter.name or output.short_digest(adapter.digest)),
-            adapter.tier,
+            _tiers(adapter),
             f"rank {adapter.rank}",
             output.size_text(adapter.size_bytes),
             f"{adapter.users} running" if adapter.users else "",
+            _pin(adapter),
         )
     if len(adapters) > _ADAPTERS_SHOWN:
         grid.add_row("", Text(f"and {len(adapters) - _ADAPTERS_SHOWN} more", style="dim"))
     return grid
+
+
+def _tiers(adapter: ResidentShape) -> str:
+    if adapter.num_layers is not None:
+        return f"loading, {adapter.ready_layers} of {adapter.num_layers} layers"
+    both = adapter.tier == "device" and adapter.in_host
+    return "device, host" if both else adapter.tier
+
+
+def _pin(adapter: ResidentShape) -> Text:
+    if adapter.pin_reason is None:
+        return Text()
+    return Text(f"pinned: {output.printable(adapter.pin_reason)}", style="cyan")

@@ -24,6 +24,11 @@ class GatewaySettings(ServiceSettings):
     model: str = Field(
         default=DEFAULT_MODEL, description="folder or hub id of the base model: its tokenizer"
     )
+    tenant: str = Field(
+        default="default",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="tenant of every request, as long as clients have no credentials",
+    )
     max_requests: int = Field(
         default=4096, ge=1, le=1_000_000, description="requests in flight; more are refused"
     )

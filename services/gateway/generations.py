@@ -23,7 +23,16 @@ from services.gateway.requests import Admitted, OwnedRequest, deadline_error
 from services.gateway.scheduler_link import SchedulerLink
 from services.gateway.streams import RequestStreams, TokenStream, gateway_draining
 from services.gateway.tokenizer import ModelTokenizer
-from services.gateway.types import ChatPrompt, Finish, GenerateSpec, Prompt, TextPrompt, TokenPrompt
+from services.gateway.types import (
+    AdapterName,
+    AdapterRef,
+    ChatPrompt,
+    Finish,
+    GenerateSpec,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
 
 INLINE_PROMPT_BYTES: Final = 4096  # tokenised on the event loop: under a millisecond
 _SEED_BITS: Final = 53  # exact in every client's number type
@@ -122,7 +131,7 @@ class Generations:
     ) -> OwnedRequest:
         try:
             async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
-                adapter = await self._registry.resolve(spec.adapter) if spec.adapter else None
+                adapter = await self._resolve(spec.adapter, client_id)
                 prompt_token_ids = await self._encode(spec.prompt)
                 stopping = output_limit(
                     spec.stopping, len(prompt_token_ids), limits, field=_field(spec.prompt)
@@ -144,9 +153,17 @@ class Generations:
             prediction=self._predictor.predict(digest, prompt_tokens, stopping.max_tokens),
             received_s=received_s,
             deadline_s=deadline_s,
+            tenant=self._settings.tenant,
             traceparent=traceparent,
         )
         return OwnedRequest(admitted, self.tokenizer)
+
+    async def _resolve(self, name: AdapterName | None, client_id: str) -> AdapterRef | None:
+        """Once per request: the adapter that it is admitted with stays, whatever is published."""
+        if name is None:
+            return None
+        tenant = self._settings.tenant
+        return await self._registry.resolve(name, tenant=tenant, request_id=client_id)
 
     async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if _size(prompt) <= INLINE_PROMPT_BYTES:

@@ -1,23 +1,28 @@
 """What one request leaves behind: a GenAI span with a "stream" span, metrics, the log annotations.
 
 Metrics carry the base model only, so that adapters, of which there are thousands, can't multiply
-series; spans and the canonical log line name the adapter. Never a prompt or a completion.
+series; one counter names the few adapters that most requests are for. Spans and the canonical log
+line name the adapter. Never a prompt or a completion.
 """
 
 import time
+from collections.abc import Iterable
 from typing import Final
 
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from services.common import telemetry
 from services.common.errors import Reason, RpcError
 from services.common.interceptors import annotate
+from services.gateway import wire
+from services.gateway.popularity import PopularAdapters
 from services.gateway.requests import OwnedRequest, Placement
 from services.gateway.types import AdapterRef, ChatPrompt, GenerateSpec
 
 PROVIDER: Final = "calumma"
+ADAPTER_REQUESTS: Final = "calumma.gateway.adapter.requests"
 
 
 class Instruments:
@@ -37,6 +42,14 @@ class Instruments:
         )
         self._usage = meter.create_histogram(
             telemetry.TOKEN_USAGE, unit="{token}", description="Tokens of a request"
+        )
+        self._adapters = PopularAdapters()
+        meter.create_observable_counter(
+            ADAPTER_REQUESTS,
+            callbacks=[self._observe_adapters],
+            unit="{request}",
+            description="Admitted requests by adapter, the less popular ones together, and by the "
+            "tier in which their adapter was",
         )
 
     def record(
@@ -58,6 +71,8 @@ class Instruments:
         self._duration.record(duration_s, failed)
         if request is None:
             return
+        if (adapter := request.admitted.adapter) is not None:
+            self._adapters.add(adapter.name, wire.tier_name(request.stages.adapter_tier))
         self._usage.record(
             len(request.admitted.prompt_token_ids), {**labels, "gen_ai.token.type": "input"}
         )
@@ -68,6 +83,10 @@ class Instruments:
         if len(request.output) > 1 and error_type is None:
             rest_s = duration_s - request.time_to_first_token_s
             self._per_token.record(rest_s / (len(request.output) - 1), labels)
+
+    def _observe_adapters(self, _: metrics.CallbackOptions) -> Iterable[metrics.Observation]:
+        for (adapter, tier), count in self._adapters.counts().items():
+            yield metrics.Observation(count, {"adapter": adapter, "tier": tier})
 
 
 class Observation:

@@ -1,14 +1,13 @@
 """Which adapters exist: a mirror of the adapter store, kept fresh by Watch.
 
-While the store is down the mirror answers from its last state. A name that is not in it is asked
-for once at the store, so that a fresh publication works at once; what the store does not have
-either is remembered for a moment, in bounded memory, so that made-up names cost little.
+While the store is down the mirror answers from its last state, and a watch that broke goes on where
+it was. A name that is not in the mirror, or not for this tenant, is asked for once at the store, so
+that a fresh publication works at once; what the store does not have either is remembered for a
+moment, so that made-up names cost little.
 """
 
 import asyncio
 import time
-from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Final
 
 import grpc
@@ -19,10 +18,10 @@ from services.common.clients import Backoff, open_channel
 from services.common.errors import Reason, RpcError
 from services.common.telemetry import call_metadata
 from services.gateway import wire
+from services.gateway.absences import Absences
+from services.gateway.catalogue import Catalogue, choose, missing
 from services.gateway.types import AdapterName, AdapterRef
 
-ABSENT_MAX: Final = 10_000
-ABSENT_S: Final = 1.0
 _QUESTIONS_MAX: Final = 32  # questions to the store at one time
 _RETRY_AFTER_S: Final = 1.0
 _NOT_FOUND: Final = (
@@ -33,13 +32,6 @@ _NOT_FOUND: Final = (
 _log = structlog.get_logger("registry")
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    versions: dict[int, AdapterRef]  # oldest first
-    aliases: dict[str, int]
-    revision: int
-
-
 class Registry:
     """Resolves adapter names. `changed` is set when `is_synced` becomes true."""
 
@@ -47,24 +39,25 @@ class Registry:
         self._target = target
         self._timeout_s = timeout_s
         self._changed = changed
-        self._entries: dict[str, _Entry] = {}
-        self._absent: OrderedDict[AdapterName, float] = OrderedDict()  # until when, monotonic
+        self._catalogue = Catalogue()
+        self._absences = Absences()
+        self._resume_token = ""
         self._questions = asyncio.Semaphore(_QUESTIONS_MAX)
         self._channel = open_channel(target)
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
         self.is_synced = False
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._catalogue)
 
-    async def resolve(self, name: AdapterName) -> AdapterRef:
-        """The version that a name means now. Raises RpcError."""
+    async def resolve(self, name: AdapterName, *, tenant: str, request_id: str) -> AdapterRef:
+        """The version that a name means now for this request of this tenant. Raises RpcError."""
         try:
-            return self._look_up(name)
+            return self._catalogue.resolve(name, tenant=tenant, request_id=request_id)
         except RpcError:
-            if time.monotonic() < self._absent.get(name, 0.0):
+            if self._absences.holds(tenant, name, now=time.monotonic()):
                 raise
-        return await self._ask(name)
+        return await self._ask(name, tenant=tenant, request_id=request_id)
 
     async def run(self) -> None:
         """Follow the store until cancelled."""
@@ -74,63 +67,58 @@ class Registry:
                 await self._follow(backoff)
             except grpc.aio.AioRpcError as error:
                 _log.debug("watch_failed", target=self._target, code=error.code().name)
+                if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                    self._resume_token = ""  # a store that can't read it sends everything
             await asyncio.sleep(backoff.next_delay_s())
 
     async def close(self) -> None:
         await self._channel.close()
 
     async def _follow(self, backoff: Backoff) -> None:
-        unseen = set(self._entries)  # gone, unless the new watch sends them before `synced`
-        call = self._stub.Watch(adapter_store_pb2.WatchRequest())
+        unseen = set(self._catalogue)  # gone, unless `synced` says that only changes were sent
+        is_synced = False
+        request = adapter_store_pb2.WatchRequest(resume_token=self._resume_token)
+        call = self._stub.Watch(request)
         try:
             async for change in call:
                 match change.WhichOneof("event"):
                     case "updated":
                         unseen.discard(change.updated.name)
-                        self._update(change.updated)
+                        # A store that is wiped begins again at revision 1, in a whole snapshot.
+                        self._update(change.updated, may_go_back=not is_synced)
                     case "deleted":
-                        self._entries.pop(change.deleted, None)
+                        self._catalogue.remove(change.deleted)
                     case "synced":
-                        for name in unseen:
-                            self._entries.pop(name, None)
-                        unseen.clear()
+                        is_synced = True
+                        gone = () if change.synced.resumed else unseen
+                        for name in gone:
+                            self._catalogue.remove(name)
+                        unseen = set()
                         backoff.reset()
-                        self._set_synced()
+                        self._set_synced(resumed=change.synced.resumed)
                     case None:  # a kind of change of a newer store
-                        continue
+                        pass
+                if change.resume_token:
+                    self._resume_token = change.resume_token
         finally:
             call.cancel()
 
-    def _set_synced(self) -> None:
-        _log.info("registry_synced", adapters=len(self._entries))
+    def _set_synced(self, *, resumed: bool) -> None:
+        _log.info("registry_synced", adapters=len(self), resumed=resumed)
         self.is_synced = True
         self._changed.set()
 
-    def _update(self, adapter: adapter_store_pb2.Adapter) -> None:
-        self._entries[adapter.name] = _Entry(
-            wire.read_versions(adapter), dict(adapter.aliases), adapter.revision
-        )
+    def _update(self, adapter: adapter_store_pb2.Adapter, *, may_go_back: bool) -> None:
+        """Take an adapter, unless the mirror has seen a later revision of it."""
+        if not may_go_back:
+            known = self._catalogue.find(adapter.name)
+            if known is not None and known.revision > adapter.revision:
+                return
+        self._catalogue.put(adapter.name, wire.pack_adapter(adapter))
 
-    def _look_up(self, name: AdapterName) -> AdapterRef:
-        entry = self._entries.get(name.name)
-        if entry is None or not entry.versions:
-            raise _missing(Reason.ADAPTER_NOT_FOUND, name, f"no adapter {name.name}")
-        version = name.version
-        if name.alias is not None:
-            version = entry.aliases.get(name.alias)
-            if version is None:
-                raise _missing(Reason.ALIAS_NOT_FOUND, name, f"{name.name} has no such alias")
-        if version is None:
-            return next(reversed(entry.versions.values()))
-        if version not in entry.versions:
-            raise _missing(
-                Reason.ADAPTER_VERSION_NOT_FOUND, name, f"{name.name} has no version {version}"
-            )
-        return entry.versions[version]
-
-    async def _ask(self, name: AdapterName) -> AdapterRef:
+    async def _ask(self, name: AdapterName, *, tenant: str, request_id: str) -> AdapterRef:
         """Ask the store about a name that the mirror does not have. Raises RpcError."""
-        request = adapter_store_pb2.GetRequest(adapter=str(name))
+        request = adapter_store_pb2.GetRequest(adapter=str(name), tenant=tenant)
         try:
             async with asyncio.timeout(self._timeout_s), self._questions:
                 answer = await self._stub.Get(
@@ -143,22 +131,11 @@ class Registry:
             if refusal is None or refusal.code is grpc.StatusCode.UNAVAILABLE:
                 raise _unavailable() from error
             if refusal.reason in _NOT_FOUND:
-                self._remember_absent(name)
-            raise _missing(refusal.reason, name, refusal.message) from error
-        known = self._entries.get(name.name)
-        if known is None or answer.adapter.revision > known.revision:
-            self._update(answer.adapter)
-        return wire.read_adapter_ref(answer.version.ref)
-
-    def _remember_absent(self, name: AdapterName) -> None:
-        self._absent[name] = time.monotonic() + ABSENT_S
-        self._absent.move_to_end(name)
-        if len(self._absent) > ABSENT_MAX:
-            self._absent.popitem(last=False)
-
-
-def _missing(reason: Reason, name: AdapterName, message: str) -> RpcError:
-    return RpcError(reason, message, field="adapter", resource=("adapter", str(name)))
+                self._absences.add(tenant, name, now=time.monotonic())
+            raise missing(refusal.reason, name, refusal.message) from error
+        self._update(answer.adapter, may_go_back=False)
+        entry = wire.unpack_adapter(name.name, wire.pack_adapter(answer.adapter))
+        return choose(entry, name, request_id=request_id)
 
 
 def _unavailable() -> RpcError:

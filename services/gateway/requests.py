@@ -56,6 +56,7 @@ class Admitted:
     prediction: Prediction
     received_s: float
     deadline_s: float
+    tenant: str
     traceparent: str = ""
 
 

@@ -5,8 +5,6 @@ from enum import Enum
 
 from services.common.errors import RpcError
 
-TENANT = "default"  # every client's, as long as there are no credentials
-
 
 @dataclass(frozen=True, slots=True)
 class AdapterName:
@@ -30,6 +28,26 @@ class AdapterRef:
     version: int
     rank: int
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """The version that `percent` of an alias's requests go to."""
+
+    version: int
+    percent: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEntry:
+    """An adapter as the registry has it."""
+
+    name: str
+    revision: int
+    versions: dict[int, AdapterRef]  # oldest first
+    aliases: dict[str, int]
+    canaries: dict[str, Canary]  # by alias
+    tenants: frozenset[str]  # who may use it; empty: all
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from services.common.errors import Reason, RpcError
 from services.core.types import Attempt, RequestId
 from services.gateway.requests import OwnedRequest, Placement
 from services.gateway.types import (
-    TENANT,
+    AdapterEntry,
     AdapterRef,
+    Canary,
     Finish,
     Piece,
     PositionLogprobs,
@@ -35,6 +36,11 @@ _FINISH: Final = {
     common_pb2.FINISH_REASON_ERROR: Finish.ERROR,
 }
 _FINISH_REASON: Final = {finish: reason for reason, finish in _FINISH.items()}
+_TIER_NAMES: Final = {
+    common_pb2.ADAPTER_TIER_DEVICE: "device",
+    common_pb2.ADAPTER_TIER_HOST: "host",
+    common_pb2.ADAPTER_TIER_STORE: "store",
+}
 
 # --- adapters -----------------------------------------------------------------------------------
 
@@ -55,9 +61,41 @@ def adapter_ref(ref: AdapterRef | None) -> common_pb2.AdapterRef | None:
     )
 
 
-def read_versions(adapter: adapter_store_pb2.Adapter) -> dict[int, AdapterRef]:
-    """By version, oldest first."""
-    return {v.ref.version: read_adapter_ref(v.ref) for v in adapter.versions}
+def pack_adapter(adapter: adapter_store_pb2.Adapter) -> bytes:
+    """What a gateway needs of an adapter, in a few hundred bytes that `unpack_adapter` reads."""
+    lean = adapter_store_pb2.Adapter(
+        versions=[
+            adapter_store_pb2.AdapterVersion(ref=version.ref) for version in adapter.versions
+        ],
+        aliases=adapter.aliases,
+        revision=adapter.revision,
+        tenants=adapter.tenants,
+    )
+    for alias, canary in adapter.canaries.items():
+        lean.canaries[alias].CopyFrom(canary)
+    for version in lean.versions:
+        version.ref.ClearField("name")
+    return lean.SerializeToString()
+
+
+def unpack_adapter(name: str, packed: bytes) -> AdapterEntry:
+    """Read what `pack_adapter` made."""
+    adapter = adapter_store_pb2.Adapter.FromString(packed)
+    refs = [version.ref for version in adapter.versions]
+    return AdapterEntry(
+        name=name,
+        revision=adapter.revision,
+        versions={
+            ref.version: AdapterRef(ref.digest, name, ref.version, ref.rank, ref.size_bytes)
+            for ref in refs
+        },
+        aliases=dict(adapter.aliases),
+        canaries={
+            alias: Canary(canary.version, canary.percent)
+            for alias, canary in adapter.canaries.items()
+        },
+        tenants=frozenset(adapter.tenants),
+    )
 
 
 # --- scheduler ----------------------------------------------------------------------------------
@@ -112,7 +150,7 @@ def submit(request: OwnedRequest, gateway_id: str, now_s: float) -> scheduler_pb
         ),
         logprobs=spec.logprobs,
         priority=spec.priority,
-        tenant=TENANT,
+        tenant=admitted.tenant,
         predicted_output_tokens=admitted.prediction.tokens,
         output_tokens_q90=admitted.prediction.q90_tokens,
         waited_s=request.waited_s(now_s),
@@ -180,6 +218,11 @@ def _read_position(position: common_pb2.PositionLogprobs) -> PositionLogprobs:
         TokenLogprob(token.token_id, token.logprob) for token in (position.chosen, *position.top)
     )
     return PositionLogprobs(chosen, tuple(top))
+
+
+def tier_name(tier: int) -> str:
+    """Where a request found its adapter, for a label; "unknown" of one that did not get so far."""
+    return _TIER_NAMES.get(common_pb2.AdapterTier.ValueType(tier), "unknown")
 
 
 def _read_timings(timings: common_pb2.RequestTimings) -> Timings:

@@ -16,10 +16,13 @@ from services.scheduler.journal import Journal
 from services.scheduler.links import Links
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.performer import Performer
+from services.scheduler.residency import Residency
 from services.scheduler.servicer import SchedulerServicer
+from services.scheduler.unloading import Unloading
 from services.scheduler.workers import WorkerStreams
 
 SERVICE: Final = scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name
+LONG_LIVED: Final = frozenset({"Submit", "Attach", "WatchResidency"})
 WATCH_INTERVAL_S: Final = 1.0
 DRAIN_POLL_S: Final = 0.05
 CLOSE_S: Final = 2.0  # for streams to carry their last message
@@ -53,12 +56,14 @@ class Scheduler:
         self._driver = Driver(
             recipe, performer, journal=self._journal, on_failure=self._end_streams
         )
+        self._residency = Residency()
         self._workers = WorkerStreams(
             settings,
             scheduler_id=scheduler_id,
             driver=self._driver,
             links=self._worker_links,
             gateways=self._gateway_links,
+            residency=self._residency,
         )
         gateways = GatewayStreams(
             settings,
@@ -68,16 +73,17 @@ class Scheduler:
             links=self._gateway_links,
             worker_addresses=self._workers.addresses,
         )
+        self._unloading = Unloading(self._residency, self._worker_links)
         self._servicer = SchedulerServicer(
             scheduler_id,
             system=settings.system,
             driver=self._driver,
             gateways=gateways,
             workers=self._workers,
+            residency=self._residency,
+            unloading=self._unloading,
         )
-        self._server = ServiceServer(
-            settings, ServerInterceptor(long_lived=frozenset({"Submit", "Attach"}))
-        )
+        self._server = ServiceServer(settings, ServerInterceptor(long_lived=LONG_LIVED))
         self._tasks: list[asyncio.Task[None]] = []
         self._address = ""
 
@@ -112,6 +118,7 @@ class Scheduler:
         # Idle is a state of the core, not an event.
         while time.monotonic() < deadline_s and not self._driver.is_idle():  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_POLL_S)
+        self._residency.end()
         draining = RpcError(Reason.DRAINING, "the scheduler is going away", retry_after_s=0.1)
         self._gateway_links.close(draining, discard=False)
         self._worker_links.close(draining, discard=False)

@@ -6,9 +6,12 @@ from typing import Any
 import grpc
 
 from calumma.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from services.common.interceptors import annotate
 from services.scheduler import wire
 from services.scheduler.driver import Driver
 from services.scheduler.gateways import GatewayStreams
+from services.scheduler.residency import Residency
+from services.scheduler.unloading import Unloading
 from services.scheduler.workers import WorkerStreams
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -25,12 +28,16 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         driver: Driver,
         gateways: GatewayStreams,
         workers: WorkerStreams,
+        residency: Residency,
+        unloading: Unloading,
     ) -> None:
         self._scheduler_id = scheduler_id
         self._system = system
         self._driver = driver
         self._gateways = gateways
         self._workers = workers
+        self._residency = residency
+        self._unloading = unloading
 
     def Submit(
         self,
@@ -60,3 +67,26 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
             system=self._system,
             find_worker=self._workers.find,
         )
+
+    def WatchResidency(
+        self,
+        request: scheduler_pb2.WatchResidencyRequest,  # noqa: ARG002 - has no fields
+        context: Context,  # noqa: ARG002 - gRPC passes it
+    ) -> AsyncGenerator[scheduler_pb2.WatchResidencyResponse]:
+        """Where every adapter is."""
+        return self._residency.watch()
+
+    async def UnloadAdapter(
+        self,
+        request: scheduler_pb2.UnloadAdapterRequest,
+        context: Context,  # noqa: ARG002 - gRPC passes it
+    ) -> scheduler_pb2.UnloadAdapterResponse:
+        """Out of every worker's memory."""
+        annotate(digest=request.digest)
+        answer = await self._unloading.unload(request)
+        annotate(
+            freed_bytes=answer.freed_bytes,
+            unloaded=len(answer.unloaded_workers),
+            holding=len(answer.holding_workers),
+        )
+        return answer

@@ -6,6 +6,7 @@ instant of this process's monotonic clock on receipt, and time left again on dis
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from calumma.common.v1 import common_pb2
@@ -40,6 +41,15 @@ _REJECTIONS: Final[dict[RejectReason, str]] = {
     RejectReason.NO_WORKER: "no worker is available",
     RejectReason.TOO_LARGE: "prompt, output and adapter need more memory than any worker has",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReports:
+    """What the core need not know of a worker: where it is, and its last reports as they came."""
+
+    address: str
+    status: scheduler_pb2.WorkerStatus
+    host_cache: scheduler_pb2.HostCache
 
 
 def to_attempt(attempt: scheduler_pb2.Attempt) -> Attempt:
@@ -141,9 +151,9 @@ def from_snapshot(
     *,
     scheduler_id: str,
     system: str,
-    find_worker: Callable[[WorkerId], tuple[str, scheduler_pb2.WorkerStatus] | None],
+    find_worker: Callable[[WorkerId], WorkerReports | None],
 ) -> scheduler_pb2.GetStateResponse:
-    """The core's state. `find_worker` gives the address and last status of a worker."""
+    """The core's state. `find_worker` gives what is known of a worker beside it."""
     return scheduler_pb2.GetStateResponse(
         scheduler_id=scheduler_id,
         system=system,
@@ -189,10 +199,7 @@ def _from_tenant(tenant: TenantSnapshot) -> scheduler_pb2.TenantState:
     )
 
 
-def _from_worker(
-    worker: WorkerSnapshot, known: tuple[str, scheduler_pb2.WorkerStatus] | None
-) -> scheduler_pb2.WorkerState:
-    address, status = known if known is not None else ("", None)
+def _from_worker(worker: WorkerSnapshot, known: WorkerReports | None) -> scheduler_pb2.WorkerState:
     capacity = scheduler_pb2.WorkerCapacity(
         pool_blocks=worker.capacity.pool_blocks,
         block_bytes=worker.capacity.block_bytes,
@@ -202,11 +209,12 @@ def _from_worker(
     )
     return scheduler_pb2.WorkerState(
         worker_id=worker.worker_id,
-        address=address,
+        address=known.address if known is not None else "",
         capacity=capacity,
-        status=status,
+        status=known.status if known is not None else None,
         dispatched_requests=worker.dispatched,
         attached=worker.attached,
+        host_cache=known.host_cache if known is not None else None,
     )
 
 

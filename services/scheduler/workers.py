@@ -1,8 +1,8 @@
 """The Attach streams: what workers say becomes events of the core.
 
-Owns what the core need not know of a worker: its address, which every gateway is told, its last
-status, for reports, and the base model, which all workers must share. A worker is known from its
-hello until its stream has been down for the grace period.
+Owns what the core need not know of a worker: its address, which every gateway is told, and the base
+model, which all workers must share; what it holds goes to `services.scheduler.residency`, too. A
+worker is known from its hello until its stream has been down for the grace period.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from services.scheduler import wire
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.driver import Driver
 from services.scheduler.links import Link, Links, check_room, converse, opening
+from services.scheduler.residency import Residency
 from services.scheduler.validation import check_worker_hello
 
 AttachRequest = scheduler_pb2.AttachRequest
@@ -33,7 +34,6 @@ _log = structlog.get_logger("workers")
 @dataclass(slots=True)
 class _Worker:
     hello: scheduler_pb2.WorkerHello
-    status: scheduler_pb2.WorkerStatus
     leaving: asyncio.TimerHandle | None = field(default=None)  # runs while its stream is down
 
 
@@ -48,12 +48,14 @@ class WorkerStreams:
         driver: Driver,
         links: Links[AttachResponse],
         gateways: Links[SubmitResponse],
+        residency: Residency,
     ) -> None:
         self._settings = settings
         self._scheduler_id = scheduler_id
         self._driver = driver
         self._links = links
         self._gateways = gateways
+        self._residency = residency
         self._workers: dict[str, _Worker] = {}
 
     async def serve(self, requests: AsyncIterator[AttachRequest]) -> AsyncGenerator[AttachResponse]:
@@ -77,10 +79,12 @@ class WorkerStreams:
         for worker in self._workers.values():
             yield _address(worker.hello, attached=True)
 
-    def find(self, worker_id: WorkerId) -> tuple[str, scheduler_pb2.WorkerStatus] | None:
-        """Address and last status of a known worker."""
+    def find(self, worker_id: WorkerId) -> wire.WorkerReports | None:
+        """Address and last reports of a known worker."""
         worker = self._workers.get(worker_id)
-        return None if worker is None else (worker.hello.address, worker.status)
+        if worker is None:
+            return None
+        return wire.WorkerReports(worker.hello.address, *self._residency.reports(worker_id))
 
     def close(self) -> None:
         """Stop the grace periods that run."""
@@ -96,7 +100,8 @@ class WorkerStreams:
         known = self._workers.get(hello.worker_id)
         if known is not None and known.leaving is not None:
             known.leaving.cancel()
-        self._workers[hello.worker_id] = _Worker(hello, hello.status)
+        self._workers[hello.worker_id] = _Worker(hello)
+        self._residency.attach(hello)
         self._links.connect(link)
         link.send(
             AttachResponse(welcome=scheduler_pb2.AttachWelcome(scheduler_id=self._scheduler_id))
@@ -134,6 +139,7 @@ class WorkerStreams:
 
     def _leave(self, worker_id: str) -> None:
         worker = self._workers.pop(worker_id)
+        self._residency.leave(worker_id)
         self._gateways.broadcast(SubmitResponse(worker=_address(worker.hello, attached=False)))
         _log.info("worker_left", worker_id=worker_id)
 
@@ -154,6 +160,9 @@ class WorkerStreams:
                 attempt = wire.to_attempt(request.finished.attempt)
                 output_tokens = request.finished.output_tokens
                 self._driver.post(events.RequestFinished(worker_id, attempt, output_tokens))
+            case "host_cache":
+                if self._links.is_current(link):
+                    self._residency.report_host_cache(worker_id, request.host_cache)
             case "hello":
                 raise RpcError(Reason.PROTOCOL_VIOLATION, "hello must come once, at the beginning")
             case _:
@@ -163,7 +172,7 @@ class WorkerStreams:
         """Keep the status for reports. False once the stream is not the worker's current one."""
         if not self._links.is_current(link):
             return False
-        self._workers[link.peer_id].status = status
+        self._residency.report_status(link.peer_id, status)
         return True
 
 

@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from calumma.common.v1 import common_pb2
 from services.common import telemetry
 from services.common.errors import Reason, RpcError
+from services.gateway.observation import ADAPTER_REQUESTS
 from services.gateway.service import SERVICE
 from tests.support.gateway_peers import (
     until,
@@ -79,6 +80,8 @@ async def test_a_request_leaves_a_trace_metrics_and_one_log_line(
     assert metrics[telemetry.TIME_PER_OUTPUT_TOKEN][0].count == 1
     usage = {p.attributes["gen_ai.token.type"]: p.sum for p in metrics[telemetry.TOKEN_USAGE]}
     assert usage == {"input": 13, "output": 13}
+    (popular,) = metrics.pop(ADAPTER_REQUESTS)
+    assert (popular.value, dict(popular.attributes)) == (1, {"adapter": "poet", "tier": "unknown"})
     assert "poet" not in str(metrics)
 
     (line,) = (line for line in logs if line["event"] == "rpc" and "request_id" in line)

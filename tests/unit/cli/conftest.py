@@ -51,9 +51,13 @@ def worker_address() -> Iterator[str]:
 
 
 @pytest.fixture
-def scheduler_address(worker_address: str) -> Iterator[str]:
-    fake = fakes.FakeScheduler(worker_address)
-    register = partial(scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server, fake)
+def scheduler(worker_address: str) -> fakes.FakeScheduler:
+    return fakes.FakeScheduler(worker_address)
+
+
+@pytest.fixture
+def scheduler_address(scheduler: fakes.FakeScheduler) -> Iterator[str]:
+    register = partial(scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server, scheduler)
     with fakes.served(fakes.SCHEDULER, register) as address:
         yield address
 

@@ -145,6 +145,7 @@ class FakeStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self.adapters = {name: self._adapter(name) for name in names}
         self.uploads: dict[str, dict[str, bytes]] = {}
         self.metadata: list[adapter_store_pb2.PublishMetadata] = []
+        self.lists: list[adapter_store_pb2.ListRequest] = []
 
     Watch: Any = unimplemented
     Download: Any = unimplemented
@@ -187,7 +188,13 @@ class FakeStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     def List(
         self, request: adapter_store_pb2.ListRequest, context: grpc.ServicerContext
     ) -> adapter_store_pb2.ListResponse:
-        names = sorted(name for name in self.adapters if name.startswith(request.name_prefix))
+        self.lists.append(adapter_store_pb2.ListRequest.FromString(request.SerializeToString()))
+        names = sorted(
+            name
+            for name, adapter in self.adapters.items()
+            if name.startswith(request.name_prefix)
+            and (not request.digest or request.digest == adapter.versions[0].ref.digest)
+        )
         first = int(request.page_token or 0)
         page = names[first : first + 2]  # small pages, so that reading one page is not enough
         following = str(first + 2) if first + 2 < len(names) else ""
@@ -199,8 +206,52 @@ class FakeStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self, request: adapter_store_pb2.SetAliasRequest, context: grpc.ServicerContext
     ) -> adapter_store_pb2.SetAliasResponse:
         adapter = self._find(request.name, context)
-        adapter.aliases[request.alias] = request.version
+        if request.canary_percent:
+            canary = adapter_store_pb2.Canary(
+                version=request.version, percent=request.canary_percent
+            )
+            adapter.canaries[request.alias].CopyFrom(canary)
+        else:
+            adapter.previous_versions[request.alias] = adapter.aliases[request.alias]
+            adapter.aliases[request.alias] = request.version
         return adapter_store_pb2.SetAliasResponse(adapter=adapter)
+
+    def RollbackAlias(
+        self, request: adapter_store_pb2.RollbackAliasRequest, context: grpc.ServicerContext
+    ) -> adapter_store_pb2.RollbackAliasResponse:
+        adapter = self._find(request.name, context)
+        if request.alias not in adapter.canaries:
+            fail(context, RpcError(Reason.ALIAS_HAS_NO_PREVIOUS, "no way back", field="alias"))
+        del adapter.canaries[request.alias]
+        return adapter_store_pb2.RollbackAliasResponse(adapter=adapter)
+
+    def SetVisibility(
+        self, request: adapter_store_pb2.SetVisibilityRequest, context: grpc.ServicerContext
+    ) -> adapter_store_pb2.SetVisibilityResponse:
+        adapter = self._find(request.name, context)
+        adapter.tenants[:] = request.tenants
+        return adapter_store_pb2.SetVisibilityResponse(adapter=adapter)
+
+    def Pin(
+        self, request: adapter_store_pb2.PinRequest, context: grpc.ServicerContext
+    ) -> adapter_store_pb2.PinResponse:
+        name, _, selector = request.adapter.partition("@")
+        adapter = self._find(name, context)
+        pin = adapter.pins.add(selector=selector, reason=request.reason)
+        pin.create_time.FromSeconds(1_700_000_000)
+        return adapter_store_pb2.PinResponse(adapter=adapter)
+
+    def Unpin(
+        self, request: adapter_store_pb2.UnpinRequest, context: grpc.ServicerContext
+    ) -> adapter_store_pb2.UnpinResponse:
+        name, _, selector = request.adapter.partition("@")
+        adapter = self._find(name, context)
+        kept = [pin for pin in adapter.pins if pin.selector != selector]
+        if len(kept) == len(adapter.pins):
+            fail(context, RpcError(Reason.PIN_NOT_FOUND, "not pinned", field="adapter"))
+        del adapter.pins[:]
+        adapter.pins.extend(kept)
+        return adapter_store_pb2.UnpinResponse(adapter=adapter)
 
     def DeleteAlias(
         self, request: adapter_store_pb2.DeleteAliasRequest, context: grpc.ServicerContext
@@ -243,8 +294,11 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
     """One attached worker and one waiting request."""
 
     worker_address: str = ""
+    holding: tuple[str, ...] = ()  # workers whose requests never end
+    unloads: list[scheduler_pb2.UnloadAdapterRequest] = field(default_factory=list)
     Submit: ClassVar[Any] = unimplemented
     Attach: ClassVar[Any] = unimplemented
+    WatchResidency: ClassVar[Any] = unimplemented
 
     def GetState(
         self, request: scheduler_pb2.GetStateRequest, context: grpc.ServicerContext
@@ -287,6 +341,14 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
             workers=[worker] if self.worker_address else [],
         )
 
+    def UnloadAdapter(
+        self, request: scheduler_pb2.UnloadAdapterRequest, context: grpc.ServicerContext
+    ) -> scheduler_pb2.UnloadAdapterResponse:
+        self.unloads.append(request)
+        return scheduler_pb2.UnloadAdapterResponse(
+            freed_bytes=3_500_000, unloaded_workers=["w-1"], holding_workers=self.holding
+        )
+
 
 @dataclass
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
@@ -316,7 +378,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     rank=16,
                     size_bytes=3_500_000,
                     users=2,
+                    in_host=True,
+                    pin_reason="first in demos",
                 )
                 for digest in self.adapters
             ],
+            adapter_cache=worker_pb2.AdapterCacheCounts(hits=9, misses=3, downloaded_bytes=7),
         )

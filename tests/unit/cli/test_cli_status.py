@@ -36,8 +36,11 @@ def test_status_shows_services_queues_pool_and_resident_adapters(
     assert "r-9 waits 500 ms for memory" in result.stdout
     assert "running 3/32 · loading 1 · step 20 ms · 12,345 tokens so far" in result.stdout
     assert "KV 40% adapters 10% free 50% of 100.0 MiB" in result.stdout
-    assert "device" in result.stdout
+    assert "1 (3.3 MiB) on the device · 1 (3.3 MiB) in host memory · 1 pinned" in result.stdout
+    assert "75% of 12 requests found theirs on the device" in result.stdout
+    assert "device, host" in result.stdout
     assert "2 running" in result.stdout
+    assert "pinned: first in demos" in result.stdout
 
 
 def test_status_as_json_has_documented_fields(run: Run, suite: list[str]) -> None:
@@ -69,7 +72,11 @@ def test_status_as_json_has_documented_fields(run: Run, suite: list[str]) -> Non
     assert (worker["pool_blocks"], worker["kv_blocks"], worker["adapter_blocks"]) == (100, 40, 10)
     (resident,) = worker["adapters"]
     assert resident["name"] in {"alpha@1", "beta@1", "gamma@1"}  # all have these weights
-    assert resident["tier"] == "device"
+    assert (resident["tier"], resident["in_host"]) == ("device", True)
+    assert (resident["pin_reason"], resident["num_layers"]) == ("first in demos", None)
+    cache = worker["cache"]
+    assert (cache["hits"], cache["misses"], cache["hit_rate"]) == (9, 3, 0.75)
+    assert cache["downloaded_bytes"] == 7
 
 
 def test_a_service_that_is_down_is_shown_and_ends_with_1(run: Run, suite: list[str]) -> None:

@@ -52,6 +52,7 @@ class Case:
             prediction=Prediction(5, 9),
             received_s=100.0,
             deadline_s=200.0,
+            tenant="default",
         )
         self.request = OwnedRequest(admitted, tokenizer)
 
