@@ -17,15 +17,17 @@ from calumma.scheduler.v1 import scheduler_pb2 as pb
 from calumma.scheduler.v1 import scheduler_pb2_grpc as pb_grpc
 from services.common.clients import Backoff
 from services.common.errors import RpcError
-from services.core.types import Adapter, Capacity, GatewayId
+from services.core.types import Adapter, AdapterDigest, Capacity, GatewayId
 from services.worker import wire
 from services.worker.driver import Driver
 from services.worker.engine import EngineInfo
 from services.worker.measures import Measures
 from services.worker.reports import Reports
+from services.worker.residency import Residency
 from services.worker.roster import Roster
 
 STATUS_INTERVAL_S: Final = 0.05
+HOST_CACHE_INTERVAL_S: Final = 1.0
 WELCOME_S_MAX: Final = 5.0
 FLUSH_S_MAX: Final = 1.0
 HINTS_MAX: Final = 64
@@ -47,6 +49,40 @@ class SchedulerLostError(Exception):
     """The stream ended, or cannot be used any more."""
 
 
+class _Paced:
+    """When to say again what changes often: at most once per interval, and only if it changed.
+
+    The bell rings when a change that came too early may be told.
+    """
+
+    def __init__(self, interval_s: float, *, sent: object, bell: asyncio.Event) -> None:
+        self._interval_s = interval_s
+        self._sent = sent
+        self._bell = bell
+        self._next_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def is_due(self) -> bool:
+        """False while it is too early; then the bell will ring."""
+        now = time.monotonic()
+        wait_s = self._next_s - now
+        if wait_s > 0:
+            if self._timer is None:
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_later(wait_s + 0.001, self._bell.set)
+            return False
+        self._timer = None
+        self._next_s = now + self._interval_s
+        return True
+
+    def has_changed(self, value: object) -> bool:
+        """Whether `value` is to be sent now."""
+        if value == self._sent:
+            return False
+        self._sent = value
+        return True
+
+
 class SchedulerLink:
     """Keeps one Attach stream open."""
 
@@ -59,6 +95,7 @@ class SchedulerLink:
         roster: Roster,
         reports: Reports,
         measures: Measures,
+        residency: Residency,
     ) -> None:
         self._stub = pb_grpc.SchedulerServiceStub(channel)
         self._identity = identity
@@ -66,6 +103,7 @@ class SchedulerLink:
         self._roster = roster
         self._reports = reports
         self._measures = measures
+        self._residency = residency
         self._backoff = Backoff()
         self._is_stopping = False
         self._was_attached = True  # so that a first failure is logged, and its repetitions are not
@@ -104,10 +142,16 @@ class SchedulerLink:
         tasks: list[asyncio.Task[None]] = []
         try:
             self._reports.open()
+            near = self._residency.near()
             hello = self._hello()
             await asyncio.wait_for(self._greet(call, hello), WELCOME_S_MAX)
             self._backoff.reset()
-            write = self._write(call, sent=hello.status)
+            bell = self._reports.bell
+            write = self._write(
+                call,
+                status=_Paced(STATUS_INTERVAL_S, sent=hello.status, bell=bell),
+                host_cache=_Paced(HOST_CACHE_INTERVAL_S, sent=near, bell=bell),
+            )
             tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(write)]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -130,10 +174,8 @@ class SchedulerLink:
 
     # --- out --------------------------------------------------------------------------------
 
-    async def _write(self, call: _Call, *, sent: pb.WorkerStatus) -> None:
+    async def _write(self, call: _Call, *, status: _Paced, host_cache: _Paced) -> None:
         bell = self._reports.bell
-        next_status_s = 0.0
-        timer: asyncio.TimerHandle | None = None
         while True:
             if self._reports.has_overflowed:
                 raise SchedulerLostError("it has stopped reading")
@@ -142,15 +184,12 @@ class SchedulerLink:
             if self._is_stopping:
                 await call.done_writing()
                 return
-            wait_s = next_status_s - time.monotonic()
-            if wait_s <= 0:
-                timer = None
-                next_status_s = time.monotonic() + STATUS_INTERVAL_S
-                if (status := self._status()) != sent:
-                    await call.write(pb.AttachRequest(status=status))
-                    sent = status
-            elif timer is None:
-                timer = asyncio.get_running_loop().call_later(wait_s + 0.001, bell.set)
+            if status.is_due():
+                now_status = self._status()
+                if status.has_changed(now_status):
+                    await call.write(pb.AttachRequest(status=now_status))
+            if host_cache.is_due() and host_cache.has_changed(self._residency.near()):
+                await call.write(pb.AttachRequest(host_cache=self._host_cache()))
             await bell.wait()
             bell.clear()
 
@@ -163,7 +202,12 @@ class SchedulerLink:
             capacity=wire.capacity_to(identity.capacity),
             running=[wire.running_to(live) for live in self._roster.unended()],
             status=self._status(),
+            host_cache=self._host_cache(),
         )
+
+    def _host_cache(self) -> pb.HostCache:
+        held = self._residency.held().values()
+        return wire.host_cache_to(it.adapter for it in held if it.in_host)
 
     def _status(self) -> pb.WorkerStatus:
         return wire.status_to(
@@ -191,8 +235,16 @@ class SchedulerLink:
                 self._driver.abort(wire.attempt_from(message.abort.attempt))
             case "prefetch":
                 self._driver.prefetch(_adapters(message.prefetch.adapters[:HINTS_MAX]))
+            case "drop":
+                self._drop(message.drop.digest)
             case "welcome" | None:  # None: a kind of message that a newer scheduler knows
                 pass
+
+    def _drop(self, digest: str) -> None:
+        if wire.is_digest(digest):
+            self._driver.drop_adapter(AdapterDigest(digest))
+        else:
+            _log.warning("bad_digest", digest=digest[:80])
 
     def _dispatch(self, item: pb.WorkItem) -> None:
         attempt = wire.item_attempt(item)

@@ -104,11 +104,16 @@ class WorkerSettings(ServiceSettings):
     )
     eviction: str | None = Field(default=None, description="of idle adapters: lru or chameleon")
     host_cache_bytes: int = Field(
-        default=2**30, ge=0, description="adapters kept in host memory, bytes"
+        default=2**30,
+        ge=0,
+        description="host memory for adapters, bytes; on the CPU those in use lie there, too",
     )
     adapter_loads: int = Field(default=4, ge=1, le=64, description="adapter downloads at once")
     store_read_timeout_s: float = Field(
         default=10.0, gt=0, le=600, description="silence after which a download is resumed"
+    )
+    follow_pins: bool = Field(
+        default=True, description="keep the adapters in memory that are pinned at the store"
     )
     gateway_away_s: float = Field(
         default=15.0,

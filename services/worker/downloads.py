@@ -1,29 +1,30 @@
-"""Fetching adapter blobs from the adapter store: resumed when a stream breaks, verified at the end.
+"""Fetching adapter blobs from the adapter store, each byte once, straight to where it belongs.
 
 One channel for all. A broken or silent stream is opened again where it stopped, until `TRIES` in a
 row brought nothing or `DOWNLOAD_S_MAX` is over. A silent one counts for several, because it costs
-the time in which others might load. Whatever comes out has the digest that was asked for, or is an
-`RpcError` fit for the client.
+the time in which others might load. Nothing is checked here but order and size: `Intake` verifies
+the bytes as they come.
 """
 
 import asyncio
-from concurrent.futures import Executor
-from typing import Final, cast
+from collections.abc import Callable
+from typing import Any, Final
 
 import grpc
 import grpc.aio
+import numpy as np
 
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
-from calumma.adapter_store.v1 import adapter_store_pb2_grpc as pb_grpc
-from services.common.adapter_container import digest_of
 from services.common.clients import Backoff
 from services.common.errors import Reason, RpcError
 from services.common.telemetry import call_metadata
 from services.core.types import Adapter
+from services.worker.blob_parts import BlobPart, read_part
 
 TRIES: Final = 5
 SILENT_TRIES: Final = 3
 DOWNLOAD_S_MAX: Final = 600.0
+_METHOD: Final = "/calumma.adapter_store.v1.AdapterStoreService/Download"
 _RETRIED: Final = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -33,80 +34,108 @@ _RETRIED: Final = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
 }
+OnReceived = Callable[[int], None]  # told how many bytes from the start are there; may raise
 
 
 class AdapterDownloads:
-    """The worker's side of `Download`. `executor` does the hashing."""
+    """The worker's side of `Download`."""
 
-    def __init__(
-        self, channel: grpc.aio.Channel, *, read_timeout_s: float, executor: Executor
-    ) -> None:
-        self._stub = pb_grpc.AdapterStoreServiceStub(channel)
+    def __init__(self, channel: grpc.aio.Channel, *, read_timeout_s: float) -> None:
+        # Messages stay bytes: see `blob_parts`.
+        self._download: Any = channel.unary_stream(
+            _METHOD, request_serializer=pb.DownloadRequest.SerializeToString
+        )
         self._read_timeout_s = read_timeout_s
-        self._executor = executor
 
-    async def fetch(self, adapter: Adapter) -> bytearray:
-        """The blob of an adapter. Raises RpcError."""
+    async def fetch(self, adapter: Adapter, into: memoryview, on_received: OnReceived) -> None:
+        """Fill `into`, which has the adapter's size. Raises RpcError, and what `on_received` does.
+
+        What is there when this fails is not to be used.
+        """
+        assert len(into) == adapter.size_bytes
         try:
             async with asyncio.timeout(DOWNLOAD_S_MAX):
-                blob = await self._collect(adapter)
+                await self._collect(_Filling(adapter, into, on_received))
         except TimeoutError as error:
             raise _failure(error, adapter) from error
-        loop = asyncio.get_running_loop()
-        digest = await loop.run_in_executor(self._executor, digest_of, blob)
-        if digest != adapter.digest:
-            raise _corrupt(adapter, f"its bytes have the digest {digest}")
-        return blob
 
-    async def _collect(self, adapter: Adapter) -> bytearray:
+    async def _collect(self, filling: "_Filling") -> None:
         """As many streams as it takes, while each brings something."""
-        blob = bytearray()
         backoff = Backoff(base_s=0.1, cap_s=1.0)
         tries = 0
         while True:
-            held_bytes = len(blob)
+            held_bytes = filling.received_bytes
             try:
-                await self._receive(adapter, blob)
+                await self._receive(filling)
             except (grpc.aio.AioRpcError, TimeoutError) as error:
-                if len(blob) > held_bytes:
+                if filling.received_bytes > held_bytes:
                     tries = 0
                     backoff.reset()
                 tries += SILENT_TRIES if isinstance(error, TimeoutError) else 1
                 is_final = isinstance(error, grpc.aio.AioRpcError) and error.code() not in _RETRIED
                 if is_final or tries >= TRIES:
-                    raise _failure(error, adapter) from error
+                    raise _failure(error, filling.adapter) from error
             else:
-                return blob
+                return
             await asyncio.sleep(backoff.next_delay_s())
 
-    async def _receive(self, adapter: Adapter, blob: bytearray) -> None:
-        """Append to `blob` all that it lacks, and let the store end the call."""
-        call = self._stub.Download(
-            pb.DownloadRequest(digest=adapter.digest, offset=len(blob)),
-            metadata=call_metadata(),
-            timeout=DOWNLOAD_S_MAX,
-        )
+    async def _receive(self, filling: "_Filling") -> None:
+        """Receive all that is missing, and let the store end the call."""
+        request = pb.DownloadRequest(digest=filling.adapter.digest, offset=filling.received_bytes)
+        call = self._download(request, metadata=call_metadata(), timeout=DOWNLOAD_S_MAX)
+        clock = asyncio.get_running_loop().time
         try:
-            while True:
-                message = await asyncio.wait_for(call.read(), self._read_timeout_s)
-                if message is grpc.aio.EOF:
-                    break
-                _append(cast("pb.DownloadResponse", message), adapter, blob)
+            async with asyncio.timeout(self._read_timeout_s) as silence:
+                while True:
+                    message = await call.read()
+                    if message is grpc.aio.EOF:
+                        break
+                    filling.take(message)
+                    silence.reschedule(clock() + self._read_timeout_s)
         finally:
             call.cancel()
-        if len(blob) < adapter.size_bytes:
-            raise _corrupt(adapter, f"the store ended it after {len(blob)} bytes")
+        filling.check_is_whole()
 
 
-def _append(part: pb.DownloadResponse, adapter: Adapter, blob: bytearray) -> None:
-    if part.total_bytes != adapter.size_bytes:
-        raise _corrupt(adapter, f"{part.total_bytes} bytes instead of {adapter.size_bytes}")
-    if part.offset != len(blob) or part.offset + len(part.data) > adapter.size_bytes:
-        raise _corrupt(adapter, f"a part at {part.offset} where {len(blob)} was due")
-    blob += part.data
+class _Filling:
+    """A blob of which `received_bytes` are there."""
+
+    def __init__(self, adapter: Adapter, into: memoryview, on_received: OnReceived) -> None:
+        self.adapter = adapter
+        self.received_bytes = 0
+        # Numpy lets other threads run while it copies: a step need not wait for a megabyte.
+        self._into = np.frombuffer(into, dtype=np.uint8)
+        self._on_received = on_received
+
+    def take(self, message: bytes) -> None:
+        """Put the next part where it belongs. Raises RpcError."""
+        part = self._checked(message)
+        end = part.offset + len(part.data)
+        self._into[part.offset : end] = np.frombuffer(part.data, dtype=np.uint8)
+        self.received_bytes = end
+        self._on_received(end)
+
+    def check_is_whole(self) -> None:
+        """Raises RpcError."""
+        if self.received_bytes < self.adapter.size_bytes:
+            raise corrupt(self.adapter, f"the store ended it after {self.received_bytes} bytes")
+
+    def _checked(self, message: bytes) -> BlobPart:
+        try:
+            part = read_part(message)
+        except ValueError as error:
+            raise corrupt(self.adapter, f"a part that can't be read: {error}") from error
+        size_bytes = self.adapter.size_bytes
+        if part.total_bytes != size_bytes:
+            raise corrupt(self.adapter, f"{part.total_bytes} bytes instead of {size_bytes}")
+        if part.offset != self.received_bytes or part.offset + len(part.data) > size_bytes:
+            what = f"a part at {part.offset} where {self.received_bytes} was due"
+            raise corrupt(self.adapter, what)
+        return part
 
 
-def _corrupt(adapter: Adapter, what: str) -> RpcError:
+def corrupt(adapter: Adapter, what: str) -> RpcError:
+    """The bytes are not the adapter's."""
     return RpcError(
         Reason.ADAPTER_CORRUPT,
         f"adapter {adapter.digest}: {what}",

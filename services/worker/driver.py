@@ -30,20 +30,22 @@ from services.core.decisions import (
     StartRequest,
 )
 from services.core.events import (
-    AdapterLoaded,
+    AdapterDropped,
     AdapterLoadFailed,
     AdaptersWanted,
-    HostCacheChanged,
+    PinsChanged,
     ReplicaEvent,
     RequestAborted,
     RequestDispatched,
     StepFinished,
 )
 from services.core.replica import ReplicaScheduler, ReplicaSnapshot
-from services.core.types import Adapter, AdapterDigest, Attempt, GatewayId, RequestId
+from services.core.types import Adapter, AdapterDigest, Attempt, GatewayId, Pin, RequestId
+from services.worker.drops import Drops
 from services.worker.engine import SampledToken, SequenceFailure, StepItem
 from services.worker.engine_thread import EngineThread, StepEnded
-from services.worker.failures import failure_error, load_failure, worker_lost
+from services.worker.failures import failure_error, worker_lost
+from services.worker.loads import Loads
 from services.worker.measures import Measures
 from services.worker.outputs import Finish
 from services.worker.requests import LiveRequest, Work
@@ -86,8 +88,9 @@ class Driver:
         self._step: dict[str, LiveRequest] = {}  # by sequence id
         self._step_ended: StepEnded | None = None
         self._engine_errors = 0
-        self._load_errors: dict[AdapterDigest, RpcError] = {}
+        self._loads = Loads(residency, roster, post=self._post)
         self._next_show_s = 0.0
+        self._drops = Drops(residency, roster)
 
     # --- what comes in ----------------------------------------------------------------------
 
@@ -104,6 +107,7 @@ class Driver:
             self._roster.end(earlier, Finish.CANCELLED)  # it departs when the core takes this one
         live = LiveRequest(work, self._residency.tier(work.digest), time.monotonic())
         self._roster.add(live)
+        self._measures.record_arrival(live.tier)
         if live.output.end_position >= work.request.max_output_tokens:
             self._roster.end(live, Finish.LENGTH)
             self._roster.depart(live)
@@ -133,8 +137,16 @@ class Driver:
     def prefetch(self, adapters: tuple[Adapter, ...]) -> None:
         """Adapters that queued requests will need; a newer hint replaces an older one."""
         self._inbox = deque(event for event in self._inbox if not _is_hint(event))
-        self._inbox.append(AdaptersWanted(adapters))
-        self._wake.set()
+        self._post(AdaptersWanted(adapters))
+
+    def set_pins(self, pins: tuple[Pin, ...]) -> None:
+        """All that is pinned from now on."""
+        self._post(PinsChanged(pins))
+
+    def drop_adapter(self, digest: AdapterDigest) -> None:
+        """Let it go, from device and host memory, once no request here needs it."""
+        self._drops.add(digest)
+        self._post(AdapterDropped(digest))
 
     # --- what others may know ---------------------------------------------------------------
 
@@ -158,6 +170,10 @@ class Driver:
             return False
         return True
 
+    def _post(self, event: ReplicaEvent) -> None:
+        self._inbox.append(event)
+        self._wake.set()
+
     # --- the loop ---------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -171,6 +187,8 @@ class Driver:
             deadline_s = self._core.next_deadline()
             if deadline_s is not None and deadline_s <= time.monotonic():
                 self._perform(self._core.tick(now=time.monotonic()))
+            self._drops.settle()
+            self._loads.settle(self._open.values())
             self._engine.flush()
             self._tell()
 
@@ -188,7 +206,7 @@ class Driver:
     def _handle(self, event: ReplicaEvent) -> None:
         self._perform(self._core.handle(event, now=time.monotonic()))
         if isinstance(event, AdapterLoadFailed):
-            del self._load_errors[event.digest]
+            self._loads.note_told(event)
 
     def _perform(self, decisions: Iterable[ReplicaDecision]) -> None:
         for decision in decisions:
@@ -206,9 +224,10 @@ class Driver:
                 case ExpireRequest(attempt):
                     self._expire(self._live(attempt))
                 case LoadAdapter(adapter):
-                    self._load(adapter)
-                case EvictAdapter(digest):
+                    self._loads.begin(adapter)
+                case EvictAdapter(digest, reason):
                     self._residency.evict(digest)
+                    self._measures.record_eviction(reason)
                 case _:
                     assert_never(decision)
 
@@ -219,7 +238,9 @@ class Driver:
         for work in step.work:
             live = self._open[work.request_id]  # a later attempt may be here, unknown to the core
             self._step[live.sequence_id] = live
-            items.append(StepItem(live.sequence_id, work.tokens))
+            items.append(StepItem(live.sequence_id, work.tokens, work.until_layer))
+            if work.until_layer is None and not live.is_announced:
+                self._roster.start(live)  # its adapter is here, as the scheduler takes it
         self._engine.run_step(items, self._on_step_ended)
 
     def _on_step_ended(self, ended: StepEnded) -> None:
@@ -297,15 +318,13 @@ class Driver:
 
     def _abort(self, live: LiveRequest, finish: Finish, *, error: RpcError | None = None) -> None:
         self._roster.end(live, finish, error=error)
-        self._inbox.append(RequestAborted(live.work.attempt))
-        self._wake.set()
+        self._post(RequestAborted(live.work.attempt))
 
     def _start(self, live: LiveRequest) -> None:
         assert not live.is_open
         live.is_open = True
         self._open[live.work.attempt.request_id] = live
         self._engine.open_sequence(live.spec())
-        self._roster.start(live)
 
     def _close(self, live: LiveRequest) -> None:
         if live.is_open:
@@ -318,7 +337,7 @@ class Driver:
         self._roster.depart(live)
 
     def _fail(self, live: LiveRequest, decision: FailRequest) -> None:
-        told = self._load_errors.get(live.work.digest) if live.work.digest else None
+        told = self._loads.error_of(live.work.digest)
         error = told or failure_error(decision.failure, decision.message)
         self._roster.end(live, Finish.ERROR, error=error)
         self._depart(live)
@@ -332,28 +351,6 @@ class Driver:
         live = self._roster.find(attempt)
         assert live is not None
         return live
-
-    # --- adapters ---------------------------------------------------------------------------
-
-    def _load(self, adapter: Adapter) -> None:
-        """The download happens inside the span of the first request that waits for it."""
-        first = next(iter(self._roster.awaiting(adapter.digest)), None)
-        offset_ns = time.time_ns() - time.monotonic_ns()
-        context = first.open_load_span(offset_ns=offset_ns) if first is not None else None
-        self._residency.load(adapter, context=context, on_ended=self._on_load_ended)
-
-    def _on_load_ended(self, digest: AdapterDigest, error: RpcError | None) -> None:
-        now = time.monotonic()
-        for live in self._roster.awaiting(digest):
-            live.end_load(now=now, error=error.reason if error is not None else None)
-        self._inbox.append(HostCacheChanged(self._residency.near()))
-        if error is None:
-            self._inbox.append(AdapterLoaded(digest))
-        else:
-            self._load_errors[digest] = error
-            failed = AdapterLoadFailed(digest, load_failure(error.reason), error.message)
-            self._inbox.append(failed)
-        self._wake.set()
 
     # --- after the decisions ----------------------------------------------------------------
 

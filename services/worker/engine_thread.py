@@ -1,5 +1,6 @@
-"""The one thread that touches the engine.
+"""The one thread that steps the engine.
 
+Adapters come into it from loader threads, see `services.worker.intake`; they leave it here.
 Opening and closing sequences and dropping adapters are collected and done at the front of the next
 step, in the order in which they were asked for, so that a step costs one hop between threads. The
 event loop never waits: a step's end is a callback on it.
@@ -15,6 +16,7 @@ from typing import Final
 
 import structlog
 
+from services.common.adapter_container import ContainerHeader
 from services.worker.engine import (
     Engine,
     EngineInfo,
@@ -51,7 +53,11 @@ class EngineThread:
         self._build = build
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._operations: list[_Operation] = []
-        self._unopened: set[str] = set()  # only the thread touches these two
+        self._unopened: set[str] = set()  # only the thread touches these four
+        self._using: dict[str, str] = {}  # open sequences' adapters
+        self._leaving: dict[
+            str, Callable[[], None]
+        ] = {}  # adapters to remove once nobody uses them
         self._engine: Engine | None = None
 
     async def start(self) -> EngineInfo:
@@ -65,13 +71,12 @@ class EngineThread:
     def close_sequence(self, sequence_id: str) -> None:
         self._operations.append(partial(self._close, sequence_id))
 
-    def remove_adapter(self, digest: str) -> None:
-        self._operations.append(partial(self._remove, digest))
+    def remove_adapter(self, digest: str, on_removed: Callable[[], None]) -> None:
+        """`on_removed` is called on the event loop when the engine has let go of its memory.
 
-    async def add_adapter(self, digest: str, blob: bytearray) -> None:
-        """Bring an adapter to the device, between two steps. Raises as the engine does."""
-        self.flush()
-        await self._loop.run_in_executor(self._executor, self._add, digest, blob)
+        That is when no open sequence uses it: a load may fail after a step used its first layers.
+        """
+        self._operations.append(partial(self._remove, digest, on_removed))
 
     def run_step(self, items: Sequence[StepItem], on_end: Callable[[StepEnded], None]) -> None:
         """Run a step; `on_end` is called on the event loop."""
@@ -88,6 +93,16 @@ class EngineThread:
         """Wait for what was begun, and end the thread."""
         self.flush()
         await asyncio.to_thread(self._executor.shutdown)
+
+    # --- on a loader thread, while steps run ------------------------------------------------
+
+    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
+        """See `Engine`."""
+        self._ready.begin_adapter(digest, header, payload)
+
+    def extend_adapter(self, digest: str, layers: int) -> None:
+        """See `Engine`."""
+        self._ready.extend_adapter(digest, layers)
 
     # --- on the thread ----------------------------------------------------------------------
 
@@ -136,13 +151,21 @@ class EngineThread:
         self._unopened.add(spec.sequence_id)
         self._ready.open_sequence(spec)
         self._unopened.remove(spec.sequence_id)
+        if spec.adapter_digest is not None:
+            self._using[spec.sequence_id] = spec.adapter_digest
 
     def _close(self, sequence_id: str) -> None:
         self._unopened.discard(sequence_id)
         self._ready.close_sequence(sequence_id)
+        digest = self._using.pop(sequence_id, None)
+        if digest is not None and digest in self._leaving:
+            self._remove(digest, self._leaving.pop(digest))
 
-    def _remove(self, digest: str) -> None:
-        self._ready.remove_adapter(digest)
-
-    def _add(self, digest: str, blob: bytearray) -> None:
-        self._ready.add_adapter(digest, blob)
+    def _remove(self, digest: str, on_removed: Callable[[], None]) -> None:
+        if digest in self._using.values():
+            self._leaving[digest] = on_removed
+            return
+        try:
+            self._ready.remove_adapter(digest)
+        finally:
+            self._loop.call_soon_threadsafe(on_removed)

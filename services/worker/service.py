@@ -19,19 +19,24 @@ from services.common.interceptors import ServerInterceptor
 from services.common.server import ServiceServer
 from services.core.replica import ReplicaScheduler
 from services.core.types import Capacity
+from services.worker.arena import HostArena
 from services.worker.attach import Identity, SchedulerLink
 from services.worker.config import WorkerSettings
 from services.worker.downloads import AdapterDownloads
 from services.worker.driver import Driver
 from services.worker.engine import Engine, EngineInfo, EngineSettings, build_engine
 from services.worker.engine_thread import EngineThread
+from services.worker.host_cache import HostCache
 from services.worker.measures import Measures
+from services.worker.pinning import pin
+from services.worker.pins import PinWatch
 from services.worker.reports import Reports
-from services.worker.residency import HostCache, Residency
+from services.worker.residency import Residency
 from services.worker.roster import Roster
 from services.worker.servicer import LONG_LIVED, SERVICE, WorkerServicer
 from services.worker.streams import TokenStreams
 
+LOADER_THREADS: Final = 2  # hashing and copying; more would take cores from the steps
 ABORT_S_MAX: Final = 5.0  # an aborted request has left after the step that it is in
 STREAMS_S_MAX: Final = 2.0  # for the gateways to read their last frames
 _log = structlog.get_logger("worker")
@@ -47,6 +52,9 @@ async def start(
 
     Raises BaseModelError and ValueError when the engine can't be built.
     """
+    arena = HostArena(settings.host_cache_bytes)
+    if _device(settings) == "cuda":
+        await asyncio.to_thread(pin, arena.memory)
     engine = EngineThread(build or partial(build_engine, _engine_settings(settings)))
     try:
         info = await engine.start()
@@ -54,7 +62,7 @@ async def start(
         await engine.stop()
         raise
     _log.info("engine_ready", engine=info.description, pool_blocks=info.pool_blocks)
-    worker = Worker(settings, engine, info, on_failure=on_failure)
+    worker = Worker(settings, engine, info, arena=arena, on_failure=on_failure)
     await worker.start()
     return worker
 
@@ -68,6 +76,7 @@ class Worker:
         engine: EngineThread,
         info: EngineInfo,
         *,
+        arena: HostArena,
         on_failure: Callable[[], None] | None,
     ) -> None:
         self.settings = settings
@@ -77,18 +86,20 @@ class Worker:
         self.has_failed = False
         self._store_channel = open_channel(settings.adapter_store)
         self._scheduler_channel = open_channel(settings.scheduler)
-        self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
+        self._loaders = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="loader")
         self._reports = Reports()
-        self._measures = Measures()
+        self.measures = Measures()
         self.residency = Residency(
             engine=engine,
             fetch=AdapterDownloads(
                 self._store_channel,
                 read_timeout_s=settings.store_read_timeout_s,
-                executor=self._hashing,
             ).fetch,
-            host_cache=HostCache(settings.host_cache_bytes),
-            measures=self._measures,
+            host_cache=HostCache(arena),
+            measures=self.measures,
+            executor=self._loaders,
+            num_layers=info.num_layers,
+            is_copied=_copies_adapters(settings),
         )
         self.streams = TokenStreams(
             away_s=settings.gateway_away_s,
@@ -103,7 +114,7 @@ class Worker:
             engine=engine,
             residency=self.residency,
             roster=self.roster,
-            measures=self._measures,
+            measures=self.measures,
             requests_max=8 * info.max_sequences + 64,
         )
         self._server = ServiceServer(settings, ServerInterceptor(long_lived=LONG_LIVED))
@@ -132,7 +143,8 @@ class Worker:
             driver=self.driver,
             roster=self.roster,
             reports=self._reports,
-            measures=self._measures,
+            measures=self.measures,
+            residency=self.residency,
         )
         self._running = asyncio.create_task(self._run(self._link), name="worker")
         await self._server.set_serving(SERVICE, serving=True)
@@ -165,10 +177,10 @@ class Worker:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
         await self.residency.stop()
+        await asyncio.to_thread(self._loaders.shutdown)
         await self._engine.stop()
         await self._store_channel.close()
         await self._scheduler_channel.close()
-        self._hashing.shutdown()
 
     def _register(self, server: grpc.aio.Server) -> None:
         servicer = WorkerServicer(
@@ -177,7 +189,7 @@ class Worker:
             driver=self.driver,
             residency=self.residency,
             streams=self.streams,
-            measures=self._measures,
+            measures=self.measures,
             drain=self.drain,
         )
         pb_grpc.add_WorkerServiceServicer_to_server(servicer, server)
@@ -188,6 +200,9 @@ class Worker:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.driver.run(), name="driver")
                 group.create_task(link.run(), name="attach")
+                if self.settings.follow_pins:
+                    pins = PinWatch(self._store_channel, self.driver.set_pins)
+                    group.create_task(pins.run(), name="pins")
         except* Exception as failures:  # noqa: BLE001 - this process must be replaced
             _log.error("worker_failed", exc_info=failures)
             self.has_failed = True
@@ -227,6 +242,11 @@ def _device(settings: WorkerSettings) -> Literal["cpu", "cuda"]:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _copies_adapters(settings: WorkerSettings) -> bool:
+    """Whether the engine copies adapters; else it uses host memory as it is."""
+    return settings.engine == "simulated" or _device(settings) == "cuda"
+
+
 def _capacity(info: EngineInfo) -> Capacity:
     return Capacity(
         pool_blocks=info.pool_blocks,
@@ -234,4 +254,5 @@ def _capacity(info: EngineInfo) -> Capacity:
         block_tokens=info.block_tokens,
         max_requests=info.max_sequences,
         max_context_tokens=info.max_context_tokens,
+        num_layers=info.num_layers,
     )

@@ -69,12 +69,15 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
             pool_blocks=info.pool_blocks,
             kv_blocks=snapshot.kv_blocks,
             adapter_blocks=snapshot.adapter_blocks,
-            adapters=wire.adapter_states_to(self._residency.held(), snapshot.resident),
+            adapters=wire.adapter_states_to(
+                self._residency.held(), snapshot.resident, num_layers=info.num_layers
+            ),
             running_requests=snapshot.running,
             loading_requests=snapshot.loading,
             steps=self._measures.steps,
             output_tokens=self._measures.output_tokens,
             draining=not self._driver.is_accepting,
+            adapter_cache=wire.cache_counts_to(self._measures, snapshot.cache),
         )
 
     async def Drain(self, request: pb.DrainRequest, context: _Context) -> pb.DrainResponse:

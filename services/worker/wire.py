@@ -7,7 +7,7 @@ bad number in a step would be everybody's problem.
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Final, assert_never
 
@@ -17,7 +17,7 @@ from calumma.worker.v1 import worker_pb2
 from services.common.errors import Reason, RpcError
 from services.core.costs import StepCosts
 from services.core.events import ResidentAdapter
-from services.core.snapshots import ReplicaSnapshot
+from services.core.snapshots import CacheCounts, ReplicaSnapshot
 from services.core.types import (
     Adapter,
     AdapterDigest,
@@ -29,9 +29,11 @@ from services.core.types import (
     TenantId,
 )
 from services.worker.engine import EngineInfo, Sampling
+from services.worker.measures import Measures
 from services.worker.outputs import Ending, Finish, Slice, Tier, Timings, TokenLogprobs
 from services.worker.reports import Finished, Prefilled, Report, Started
 from services.worker.requests import LiveRequest, Work
+from services.worker.residency import HeldAdapter
 from services.worker.streams import Frame
 
 ID_CHARACTERS_MAX: Final = 256
@@ -108,11 +110,14 @@ def work_from(item: scheduler_pb2.WorkItem, info: EngineInfo, *, now: float) -> 
 
 def adapter_from(ref: common_pb2.AdapterRef) -> Adapter:
     """Raises RpcError."""
-    digest_ok = _DIGEST.fullmatch(ref.digest) is not None
-    _require(digest_ok, "adapter.digest", 'must be "sha256:" and 64 hex digits')
+    _require(is_digest(ref.digest), "adapter.digest", 'must be "sha256:" and 64 hex digits')
     _require(ref.rank >= 1, "adapter.rank", "must be at least 1")
     _require(ref.size_bytes >= 1, "adapter.size_bytes", "must be at least 1")
     return Adapter(AdapterDigest(ref.digest), ref.rank, ref.size_bytes)
+
+
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
 
 
 def resume_from(request: worker_pb2.StreamTokensRequest) -> tuple[GatewayId, dict[Attempt, int]]:
@@ -295,7 +300,13 @@ def status_to(
         running_requests=snapshot.running,
         loading_requests=snapshot.loading,
         resident=[
-            scheduler_pb2.ResidentAdapter(digest=it.digest, blocks=it.blocks, users=it.users)
+            scheduler_pb2.ResidentAdapter(
+                digest=it.digest,
+                blocks=it.blocks,
+                users=it.users,
+                size_bytes=it.size_bytes,
+                pin_reason=it.pin_reason,
+            )
             for it in snapshot.resident
         ],
         draining=draining,
@@ -304,17 +315,51 @@ def status_to(
     )
 
 
+def host_cache_to(adapters: Iterable[Adapter]) -> scheduler_pb2.HostCache:
+    return scheduler_pb2.HostCache(
+        adapters=[
+            scheduler_pb2.HostAdapter(digest=it.digest, size_bytes=it.size_bytes) for it in adapters
+        ]
+    )
+
+
+# --- out: this worker's state -----------------------------------------------------------------
+
+
 def adapter_states_to(
-    held: Mapping[AdapterDigest, tuple[Adapter, Tier]], resident: Sequence[ResidentAdapter]
+    held: Mapping[AdapterDigest, HeldAdapter],
+    resident: Sequence[ResidentAdapter],
+    *,
+    num_layers: int,
 ) -> list[worker_pb2.AdapterState]:
-    users = {it.digest: it.users for it in resident}
-    return [
-        worker_pb2.AdapterState(
+    on_device = {it.digest: it for it in resident}
+    states: list[worker_pb2.AdapterState] = []
+    for digest, it in held.items():
+        state = worker_pb2.AdapterState(
             digest=digest,
-            tier=_TIER[tier],
-            rank=adapter.rank,
-            size_bytes=adapter.size_bytes,
-            users=users.get(digest, 0),
+            tier=_TIER[it.tier],
+            rank=it.adapter.rank,
+            size_bytes=it.adapter.size_bytes,
+            in_host=it.in_host,
         )
-        for digest, (adapter, tier) in held.items()
-    ]
+        if (known := on_device.get(digest)) is not None:
+            state.users = known.users
+            state.pin_reason = known.pin_reason
+        if it.ready_layers is not None:
+            state.ready_layers = it.ready_layers
+            state.num_layers = num_layers
+        states.append(state)
+    return states
+
+
+def cache_counts_to(measures: Measures, counts: CacheCounts) -> worker_pb2.AdapterCacheCounts:
+    return worker_pb2.AdapterCacheCounts(
+        hits=measures.hits,
+        misses=measures.misses,
+        evictions=measures.evictions,
+        loaded_bytes=measures.loaded_bytes,
+        downloaded_bytes=measures.downloaded_bytes,
+        prefetches=counts.prefetches,
+        prefetch_hits=counts.prefetch_hits,
+        prefetch_wastes=counts.prefetch_wastes,
+    )

@@ -143,6 +143,12 @@ def generated(
     return {name: token_ids(output) for name, output in outputs.items()}
 
 
+def distribution(token: SampledToken) -> torch.Tensor:
+    """Log-probabilities `[vocab]` of a token that was sampled with `logprobs=VOCAB`."""
+    assert len(token.top) == VOCAB
+    return torch.tensor([logprob for _, logprob in sorted(token.top)])
+
+
 def reference_greedy(model: Any, prompt: Sequence[int], tokens: int = 24) -> list[int]:
     """What transformers (and PEFT) generates, without ending at the end-of-sequence token."""
     with torch.inference_mode():

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,6 +37,28 @@ def peft_blob(folder: Path) -> tuple[str, bytearray]:
     dtype = _NAMES[next(iter(tensors.values())).dtype]
     blob = bytearray(encode(rows, dtype=dtype))
     return digest_of(blob), blob
+
+
+def one_module_blob(
+    value: float = 0.5,
+    *,
+    scale: float = 1.0,
+    layer: int = 0,
+    module: str = "q_proj",
+    features: tuple[int, int] = (96, 192),
+) -> bytearray:
+    """An adapter of rank 2 in fp32 with one value everywhere."""
+    row = LoraRows(
+        layer=layer,
+        module=module,
+        rank=2,
+        scale=scale,
+        in_features=features[0],
+        out_features=features[1],
+        a_rows=np.full((2, features[0]), value, dtype=np.float32).tobytes(),
+        bt_rows=np.full((2, features[1]), value, dtype=np.float32).tobytes(),
+    )
+    return bytearray(encode([row], dtype="F32"))
 
 
 def _rows(config: dict[str, Any], path: str, at: tuple[int, str], a: Tensor, b: Tensor) -> LoraRows:

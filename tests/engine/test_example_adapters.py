@@ -9,7 +9,7 @@ from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 from services.adapter_store.peft import BaseModel, convert
 from services.common.base_model import DEFAULT_MODEL, load_config, pulled_folder
-from services.worker.engine import SequenceSpec
+from services.worker.engine import SequenceSpec, add_adapter
 from services.worker.engine.runner import TorchEngine
 from tests.engine.engine_support import generated, reference_greedy, spec, torch_engine
 from tests.engine.peft_blob import peft_blob
@@ -64,7 +64,7 @@ def expected(prompts: dict[str, list[int]]) -> dict[str, list[int]]:
 def engine() -> TorchEngine:
     engine = torch_engine(_MODEL)
     for folder in _FOLDERS:
-        engine.add_adapter(folder.name, peft_blob(folder)[1])
+        add_adapter(engine, folder.name, peft_blob(folder)[1])
     return engine
 
 

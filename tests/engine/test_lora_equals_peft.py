@@ -4,13 +4,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from services.common.adapter_container import LoraRows, encode
-from services.worker.engine import AdapterIncompatibleError, SequenceFailure, SequenceSpec, StepItem
+from services.worker.engine import (
+    AdapterIncompatibleError,
+    SequenceFailure,
+    SequenceSpec,
+    StepItem,
+    add_adapter,
+)
 from services.worker.engine.runner import TorchEngine
 from tests.engine.engine_support import (
     VOCAB,
@@ -20,7 +24,7 @@ from tests.engine.engine_support import (
     tiny_model,
     torch_engine,
 )
-from tests.engine.peft_blob import peft_blob
+from tests.engine.peft_blob import one_module_blob, peft_blob
 
 _Blobs = dict[str, tuple[str, bytearray]]
 _World = tuple[Path, _Blobs, dict[tuple[str, int], list[int]]]
@@ -83,7 +87,7 @@ def engine(world: _World) -> TorchEngine:
     folder, blobs, _ = world
     engine = torch_engine(folder)
     for digest, blob in blobs.values():
-        engine.add_adapter(digest, blob)
+        add_adapter(engine, digest, blob)
     return engine
 
 
@@ -126,7 +130,7 @@ def test_packed_bfloat16_rows_compute_what_plain_ones_do(world: _World) -> None:
     folder, blobs, expected = world
     engine = torch_engine(folder, dtype="bfloat16")
     for digest, blob in blobs.values():
-        engine.add_adapter(digest, blob)
+        add_adapter(engine, digest, blob)
     output = generated(engine, _specs(blobs, 12))
     agreeing = sum(output[name][:4] == expected[name, 12][:4] for name in output)
     assert agreeing >= len(output) - 2
@@ -138,16 +142,17 @@ def test_a_removed_adapter_can_come_back(world: _World, engine: TorchEngine) -> 
     item = _specs(blobs, 12)[2]
     generated(engine, [item])
     engine.remove_adapter(digest)
-    engine.add_adapter(digest, bytes(blob))  # read-only memory is taken too
+    add_adapter(engine, digest, bytes(blob))  # read-only memory is taken too
     assert generated(engine, [item])["r7"] == expected["r7", 12]
 
 
+@pytest.mark.parametrize(("value", "scale"), [(1e25, 1.0), (3e38, 7.0)], ids=["product", "scale"])
 def test_an_adapter_that_overflows_fails_its_own_sequence_only(
-    world: _World, engine: TorchEngine
+    world: _World, engine: TorchEngine, value: float, scale: float
 ) -> None:
     _, blobs, expected = world
-    huge = _one_module_blob(1e25, module="down_proj", features=(128, 96))
-    engine.add_adapter("huge", huge)
+    huge = one_module_blob(value, scale=scale, module="down_proj", features=(128, 96))
+    add_adapter(engine, "huge", huge)
     mates = _specs(blobs, 12)[:3]
     engine.open_sequence(spec("huge", _prompt(50), adapter="huge"))
     for item in mates:
@@ -164,34 +169,13 @@ def test_an_adapter_that_overflows_fails_its_own_sequence_only(
         engine.close_sequence(item.sequence_id)
 
 
-def _one_module_blob(
-    value: float = 0.5,
-    *,
-    layer: int = 0,
-    module: str = "q_proj",
-    features: tuple[int, int] = (96, 192),
-) -> bytearray:
-    row = LoraRows(
-        layer=layer,
-        module=module,
-        rank=2,
-        scale=1.0,
-        in_features=features[0],
-        out_features=features[1],
-        a_rows=np.full((2, features[0]), value, dtype=np.float32).tobytes(),
-        bt_rows=np.full((2, features[1]), value, dtype=np.float32).tobytes(),
-    )
-    return bytearray(encode([row], dtype="F32"))
-
-
 @pytest.mark.parametrize(
     ("blob", "message"),
     [
-        (_one_module_blob(layer=3), "layer 3 q_proj is not in the base model"),
-        (_one_module_blob(module="lm_head"), "layer 0 lm_head is not in the base model"),
-        (_one_module_blob(features=(96, 96)), "layer 0 q_proj is 96 to 96"),
-        (_one_module_blob(float("nan")), "not finite"),
-        (_one_module_blob()[:-1], "expected"),
+        (one_module_blob(layer=3), "layer 3 q_proj is not in the base model"),
+        (one_module_blob(module="lm_head"), "layer 0 lm_head is not in the base model"),
+        (one_module_blob(features=(96, 96)), "layer 0 q_proj is 96 to 96"),
+        (one_module_blob()[:-1], "expected"),
         (b"no adapter at all", "not an adapter blob"),
     ],
 )
@@ -199,5 +183,5 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
     engine: TorchEngine, blob: bytes | bytearray, message: str
 ) -> None:
     with pytest.raises(AdapterIncompatibleError, match=message):
-        engine.add_adapter("bad", blob)
+        add_adapter(engine, "bad", blob)
     engine.check_integrity()

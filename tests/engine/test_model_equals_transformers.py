@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from services.common.base_model import ModelIncompleteError
-from services.worker.engine import StepItem
+from services.worker.engine import Sampling
 from tests.engine.engine_support import (
     TINY_CONFIGS,
     VOCAB,
+    distribution,
+    generate,
     generated,
     reference_greedy,
     spec,
@@ -26,7 +28,7 @@ def _prompt(length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_greedy_tokens_and_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+def test_greedy_tokens_and_distributions_equal_transformers(name: str, tmp_path: Path) -> None:
     reference = tiny_model(tmp_path, name)
     engine = torch_engine(tmp_path)
     specs = [spec(f"s{n}", _prompt(n)) for n in _LENGTHS]
@@ -37,12 +39,9 @@ def test_greedy_tokens_and_logits_equal_transformers(name: str, tmp_path: Path) 
     prompt = _prompt(60)
     with torch.inference_mode():
         logits = reference(torch.tensor([prompt])).logits[0, -1]
-    engine.open_sequence(spec("logits", prompt))
-    chunk = [engine._chunk_of(StepItem("logits", len(prompt)))]
-    with torch.inference_mode():
-        actual = engine._model(engine._form_batch(chunk))
-    assert actual is not None
-    assert torch.allclose(actual[0], logits, atol=1e-4, rtol=1e-4)
+    everything = spec("logits", prompt, sampling=Sampling(logprobs=VOCAB), max_tokens=1)
+    (token,) = generate(engine, [everything])["logits"]
+    assert torch.allclose(distribution(token), logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 31])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.common.adapter_container import LoraRows, encode
+from services.common.adapter_container import LoraRows, encode, read_header
 from services.worker.engine import (
     AdapterIncompatibleError,
     Engine,
@@ -17,6 +17,7 @@ from services.worker.engine import (
     Sampling,
     SequenceSpec,
     StepItem,
+    add_adapter,
     build_engine,
 )
 from services.worker.engine.profiles import PROFILES
@@ -100,7 +101,7 @@ def test_single_requests_take_the_published_time_to_first_token(
 ) -> None:
     """Llama-7B, adapters on q/k/v/o (2 MiB per rank); the prompt is of 300 tokens."""
     prompt = 300
-    engine.add_adapter("d", _blob(rank))
+    add_adapter(engine, "d", _blob(rank))
     load_ms = _A40.load_s(rank * 2 * 2**20) * 1000
     engine.open_sequence(_spec(prompt=prompt, adapter="d"))
     engine.step([StepItem("a", prompt)])
@@ -108,7 +109,7 @@ def test_single_requests_take_the_published_time_to_first_token(
 
 
 def test_a_decode_step_takes_the_fitted_time(engine: SimulatedEngine, sleeps: list[float]) -> None:
-    engine.add_adapter("d", _blob(16))
+    add_adapter(engine, "d", _blob(16))
     specs = [_spec(f"s{i}", adapter="d" if i else None) for i in range(4)]
     for item in specs:
         engine.open_sequence(item)
@@ -122,11 +123,73 @@ def test_loading_an_adapter_takes_its_transfer_time(
     engine: SimulatedEngine, sleeps: list[float]
 ) -> None:
     blob = _blob(64)
-    engine.add_adapter("d", blob)
+    add_adapter(engine, "d", blob)
     assert sleeps == [pytest.approx(len(blob) / (10.15 * 2**20 * 1000))]
     engine.remove_adapter("d")
     with pytest.raises(AdapterIncompatibleError):
-        engine.add_adapter("bad", b"nothing of the kind")
+        add_adapter(engine, "bad", b"nothing of the kind")
+
+
+def test_an_adapter_that_comes_in_parts_takes_its_transfer_time_in_shares(
+    engine: SimulatedEngine, sleeps: list[float]
+) -> None:
+    blob = _blob(64)
+    header = read_header(blob)
+    engine.begin_adapter("d", header, memoryview(blob)[header.payload_offset :])
+    for layers in (8, 16, 32):
+        engine.extend_adapter("d", layers)
+    whole_s = _A40.load_s(len(blob))
+    assert sleeps == [pytest.approx(whole_s * share) for share in (0.25, 0.25, 0.5)]
+
+
+def test_a_chunk_in_parts_takes_its_shares_and_the_steps_around_them(
+    engine: SimulatedEngine, sleeps: list[float]
+) -> None:
+    add_adapter(engine, "d", _blob(16))
+    for name in ("whole", "parts"):
+        engine.open_sequence(_spec(name, adapter="d"))
+    engine.step([StepItem("whole", 100)])
+    whole_ms = sleeps[-1] * 1000
+    for until_layer, share in ((8, 0.25), (24, 0.5)):
+        assert engine.step([StepItem("parts", 100, until_layer=until_layer)]) == []
+        assert sleeps[-1] * 1000 == pytest.approx(_A40.fixed_ms + share * (whole_ms - 6))
+    (token,) = engine.step([StepItem("parts", 100)])
+    assert sleeps[-1] * 1000 == pytest.approx(_A40.fixed_ms + 0.25 * (whole_ms - 6))
+    assert token.sequence_id == "parts"
+
+
+def test_a_part_beside_decodes_adds_its_share_to_their_step(
+    engine: SimulatedEngine, sleeps: list[float]
+) -> None:
+    add_adapter(engine, "d", _blob(16))
+    engine.open_sequence(_spec("mate"))
+    engine.open_sequence(_spec("late", prompt=300, adapter="d"))
+    engine.step([StepItem("mate", 100)])
+    engine.step([StepItem("mate", 1)])
+    alone_ms = sleeps[-1] * 1000
+    results = engine.step([StepItem("mate", 1), StepItem("late", 300, until_layer=16)])
+    part_ms = (300 * 0.173 + 11.5 + 1.29e-3 * 300 * 16) / 2
+    assert sleeps[-1] * 1000 == pytest.approx(alone_ms + 1.08e-3 + part_ms)
+    assert [result.sequence_id for result in results] == ["mate"]
+
+
+def test_tokens_do_not_depend_on_the_parts(engine: SimulatedEngine) -> None:
+    whole = _run(engine, _spec(), 3)
+    engine.open_sequence(_spec())
+    engine.step([StepItem("a", 100, until_layer=5)])
+    tokens = [engine.step([StepItem("a", count)])[0] for count in (100, 1, 1)]
+    assert [token.token_id for token in tokens if isinstance(token, SampledToken)] == whole
+
+
+def test_layers_that_have_not_come_are_not_computed(engine: SimulatedEngine) -> None:
+    blob = _blob(8)
+    header = read_header(blob)
+    engine.begin_adapter("d", header, memoryview(blob)[header.payload_offset :])
+    engine.extend_adapter("d", 8)
+    engine.open_sequence(_spec(adapter="d"))
+    for item in (StepItem("a", 100, until_layer=9), StepItem("a", 100)):
+        with pytest.raises(AssertionError):
+            engine.step([item])
 
 
 def test_logprobs_are_given_when_asked(engine: SimulatedEngine) -> None:

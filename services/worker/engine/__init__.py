@@ -1,6 +1,6 @@
 """The engine: base model, KV cache, adapters and sampling behind one small interface.
 
-Called by the worker's driver, from one thread. `build_engine` chooses between real computation with
+Called by the worker. `build_engine` chooses between real computation with
 torch and a simulation that takes the time of a hardware profile; torch is imported for the first
 only.
 """
@@ -17,6 +17,7 @@ from services.worker.engine.api import (
     SequenceFailure,
     SequenceSpec,
     StepItem,
+    add_adapter,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "SequenceFailure",
     "SequenceSpec",
     "StepItem",
+    "add_adapter",
     "build_engine",
 ]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from services.common.adapter_container import ContainerHeader
+from services.common.adapter_container import ContainerError, ContainerHeader, read_header
 
 
 class AdapterIncompatibleError(ValueError):
@@ -138,16 +138,18 @@ class Engine(Protocol):
     def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
         """An adapter comes. `payload` is where its bytes will be, `header.payload_bytes` of them.
 
-        Nothing is read from it before `extend_adapter`. It must stay until `remove_adapter`: on
-        the CPU it is the device memory. Raises AdapterIncompatibleError, and then nothing is kept.
+        Nothing is read from it before `extend_adapter`. It is writable memory. On the CPU it is
+        the device memory and must stay until `remove_adapter`; an engine with memory of its own
+        needs it until it has all layers. Raises AdapterIncompatibleError; then nothing is kept.
         """
         ...
 
     def extend_adapter(self, digest: str, layers: int) -> None:
-        """The payload has all rows of the first `layers` layers; of the head, too, if these are all.
+        """The payload has all rows of the first `layers` layers; if these are all, of the head too.
 
-        At most four times per adapter, with more layers each time, the last time with all. Raises
-        AdapterIncompatibleError; then the caller removes it.
+        At most four times per adapter, with more layers each time, the last time with all. When it
+        returns the rows are in device memory, and steps may use them. Raises
+        AdapterIncompatibleError; then the caller removes the adapter.
         """
         ...
 
@@ -162,3 +164,24 @@ class Engine(Protocol):
     def step(self, items: Sequence[StepItem]) -> list[SampledToken | SequenceFailure]:
         """Run one forward pass over all items. Results come in the order of the items that drew."""
         ...
+
+
+def add_adapter(engine: Engine, digest: str, blob: bytes | bytearray | memoryview) -> None:
+    """Bring a whole blob into device memory at once. Raises AdapterIncompatibleError.
+
+    A writable blob is the adapter's memory from now on; a read-only one is copied.
+    """
+    try:
+        header = read_header(blob)
+    except ContainerError as error:
+        raise AdapterIncompatibleError(str(error)) from error
+    if len(blob) != header.total_bytes:
+        raise AdapterIncompatibleError(f"{len(blob)} bytes, expected {header.total_bytes}")
+    view = memoryview(blob)
+    payload = (memoryview(bytearray(view)) if view.readonly else view)[header.payload_offset :]
+    engine.begin_adapter(digest, header, payload)
+    try:
+        engine.extend_adapter(digest, engine.info.num_layers)
+    except AdapterIncompatibleError:
+        engine.remove_adapter(digest)
+        raise

@@ -29,21 +29,23 @@ from services.common.base_model import (
 from services.worker.engine.attention import Attention
 from services.worker.engine.linear import Linear, make_linear
 from services.worker.lora.cpu import LoraBatch
+from services.worker.lora.outer import AdaptedRows
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one step. `last_rows`: those whose next token is wanted, maybe none."""
+    """Rows that pass the layers together. `last_rows`: whose next token is wanted, maybe none."""
 
     token_ids: Tensor
     positions: Tensor
     last_rows: Tensor
     attention: Attention
     lora: LoraBatch | None
+    embedding_lora: Sequence[AdaptedRows]
 
 
 class Model:
-    """Weights of a base model on a device. `__call__` is one forward pass."""
+    """Weights of a base model on a device. A forward pass is `embed`, `run` and `head`."""
 
     def __init__(
         self, config: ModelConfig, weights: "Weights", *, max_positions: int, dtype: torch.dtype
@@ -64,15 +66,26 @@ class Model:
         self._cos, self._sin = rotation_tables(config, max_positions, embedding.device)
         self._dtype = dtype
 
-    def __call__(self, batch: Batch) -> Tensor | None:
-        """Logits `[len(last_rows), vocab]` in the model's dtype; None when no row is wanted."""
+    def embed(self, batch: Batch) -> Tensor:
+        """What goes into the first layer, `[rows, hidden]` fp32."""
         hidden = F.embedding(batch.token_ids, self._embedding).float()
+        for adapted in batch.embedding_lora:
+            adapted.add_embedding(hidden, batch.token_ids)
+        return hidden
+
+    def run(self, hidden: Tensor, batch: Batch, layers: slice) -> None:
+        """Pass some layers, from where `hidden [rows, hidden]` is. It is changed in place."""
         rotation = self._cos[batch.positions], self._sin[batch.positions]
-        for layer in self._layers:
-            hidden = layer(hidden, batch, rotation)
-        if batch.last_rows.numel() == 0:
-            return None
-        return self._head(self._norm(hidden[batch.last_rows]).to(self._dtype))
+        for layer in self._layers[layers]:
+            layer(hidden, batch, rotation)
+
+    def head(self, hidden: Tensor, lora: Sequence[AdaptedRows]) -> Tensor:
+        """Logits `[rows, vocab]` in the model's dtype of rows that passed all layers."""
+        x = self._norm(hidden).to(self._dtype)
+        logits = self._head(x)
+        for adapted in lora:
+            adapted.add_head(logits, x)
+        return logits
 
 
 class _Layer:
@@ -107,7 +120,7 @@ class _Layer:
         )
         self._ffn = ffn
 
-    def __call__(self, hidden: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def __call__(self, hidden: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor]) -> None:
         """`hidden [rows, hidden]` fp32, changed in place."""
         x = self._input_norm(hidden).to(self._dtype)
         qkv = self._adapted(self._qkv, "qkv", x, batch)
@@ -117,7 +130,6 @@ class _Layer:
         gate_up = self._adapted(self._gate_up, "gate_up", x, batch)
         x = F.silu(gate_up[:, : self._ffn]).mul_(gate_up[:, self._ffn :])
         hidden += self._adapted(self._down, "down", x, batch)
-        return hidden
 
     def _adapted(self, linear: Linear, group: str, x: Tensor, batch: Batch) -> Tensor:
         y = linear(x)

@@ -14,6 +14,7 @@ of 1, 8 and 32 sequences (10.5, 17.3 and 29.6 ms; 38.5 ms with 32 over eight ada
 and to its prefill of 2,300 tokens/s.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -28,6 +29,15 @@ class StepLoad:
     decode_ranks: int
     cached_tokens: int  # KV cache that is read: contexts of decodes, prefixes of prompt chunks
     has_adapters: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PartLoad:
+    """A chunk that passes a share of the layers, because its adapter is still coming or was."""
+
+    tokens: int
+    rank: int
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +65,26 @@ class HardwareProfile:
     decode_rank_ms: float
     load_bytes_per_s: float  # host to device
 
-    def step_s(self, load: StepLoad) -> float:
+    def step_s(self, load: StepLoad | None, parts: Sequence[PartLoad] = ()) -> float:
+        """Seconds of a step. `load`: all that passes every layer; None: nothing does."""
+        whole_ms = self.fixed_ms if load is None else self._whole_ms(load)
+        return (whole_ms + sum(self._part_ms(part) for part in parts)) / 1000
+
+    def load_s(self, size_bytes: int) -> float:
+        return size_bytes / self.load_bytes_per_s
+
+    def _whole_ms(self, load: StepLoad) -> float:
         compute_ms = max(self.weights_ms, self.token_ms * load.prefill_tokens)
         decode_ms = (
             self.sequence_ms * load.decode_sequences + self.cached_token_ms * load.cached_tokens
         )
-        return (self.fixed_ms + compute_ms + decode_ms + self._lora_ms(load)) / 1000
+        return self.fixed_ms + compute_ms + decode_ms + self._lora_ms(load)
 
-    def load_s(self, size_bytes: int) -> float:
-        return size_bytes / self.load_bytes_per_s
+    def _part_ms(self, part: PartLoad) -> float:
+        """It runs by itself, so its layers' weights are read for it again."""
+        compute_ms = max(self.weights_ms, self.token_ms * part.tokens)
+        rank_ms = self.rank_token_ms * part.tokens * part.rank
+        return (compute_ms + self.prefill_lora_ms + rank_ms) * part.share
 
     def _lora_ms(self, load: StepLoad) -> float:
         if not load.has_adapters:

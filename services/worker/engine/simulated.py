@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Final
 
-from services.common.adapter_container import ContainerError, read_header
+from services.common.adapter_container import ContainerHeader
 from services.common.base_model import load_config, model_identity
 from services.worker.engine.api import (
-    AdapterIncompatibleError,
     EngineInfo,
     EngineSettings,
     SampledToken,
@@ -26,7 +25,7 @@ from services.worker.engine.api import (
     SequenceSpec,
     StepItem,
 )
-from services.worker.engine.profiles import PROFILES, HardwareProfile, StepLoad
+from services.worker.engine.profiles import PROFILES, HardwareProfile, PartLoad, StepLoad
 from services.worker.engine.randomness import hash64, uniform
 
 _OUTPUT_TOKENS_P50: Final = 129
@@ -40,18 +39,27 @@ _FIRST_TEXT_TOKEN = 32  # lower ids are control tokens in the usual vocabularies
 
 
 @dataclass(slots=True)
+class _Adapter:
+    rank: int
+    size_bytes: int
+    ready_layers: int = 0
+
+
+@dataclass(slots=True)
 class _Sequence:
     spec: SequenceSpec
     seed: int
     known: int  # tokens, prompt included
     computed: int
     rank: int  # 0 for the base model
+    passed_layers: int = 0  # by the chunk that comes next
 
 
 class SimulatedEngine:
     """See `Engine`. `sleep` takes seconds; who runs in virtual time passes both it and `clock`.
 
     What this process takes to make the tokens is part of the step's time, not on top of it.
+    A part of an adapter takes its share of the transfer on the thread that brings it, beside steps.
     """
 
     def __init__(
@@ -68,29 +76,34 @@ class SimulatedEngine:
         self._seed = seed
         self._sleep = sleep
         self._clock = clock
-        self._ranks: dict[str, int] = {}
+        self._adapters: dict[str, _Adapter] = {}
         self._sequences: dict[str, _Sequence] = {}
 
     @property
     def info(self) -> EngineInfo:
         return self._info
 
-    def add_adapter(self, digest: str, blob: bytes | bytearray | memoryview) -> None:
-        try:
-            self._ranks[digest] = read_header(blob).rank
-        except ContainerError as error:
-            raise AdapterIncompatibleError(str(error)) from error
-        self._sleep(self._profile.load_s(len(blob)))
+    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
+        assert digest not in self._adapters
+        assert len(payload) == header.payload_bytes
+        self._adapters[digest] = _Adapter(header.rank, header.total_bytes)
+
+    def extend_adapter(self, digest: str, layers: int) -> None:
+        adapter = self._adapters[digest]
+        assert adapter.ready_layers < layers <= self._info.num_layers
+        share = (layers - adapter.ready_layers) / self._info.num_layers
+        self._sleep(self._profile.load_s(adapter.size_bytes) * share)
+        adapter.ready_layers = layers
 
     def remove_adapter(self, digest: str) -> None:
         assert all(item.spec.adapter_digest != digest for item in self._sequences.values())
-        del self._ranks[digest]
+        del self._adapters[digest]
 
     def open_sequence(self, spec: SequenceSpec) -> None:
         assert spec.sequence_id not in self._sequences
         assert len(self._sequences) < self._info.max_sequences
         assert 0 < len(spec.token_ids) <= self._info.max_context_tokens
-        rank = 0 if spec.adapter_digest is None else self._ranks[spec.adapter_digest]
+        rank = 0 if spec.adapter_digest is None else self._adapters[spec.adapter_digest].rank
         seed = sequence_seed(self._seed, spec.sampling.seed)
         self._sequences[spec.sequence_id] = _Sequence(spec, seed, len(spec.token_ids), 0, rank)
 
@@ -99,17 +112,39 @@ class SimulatedEngine:
 
     def step(self, items: Sequence[StepItem]) -> list[SampledToken | SequenceFailure]:
         start_s = self._clock()
-        chunks = [(self._sequences[item.sequence_id], item.num_tokens) for item in items]
-        end_s = start_s + self._profile.step_s(_load_of(chunks))
+        chunks = [(self._sequences[item.sequence_id], item) for item in items]
+        end_s = start_s + self._step_s(chunks)
         results: list[SampledToken | SequenceFailure] = []
-        for sequence, num_tokens in chunks:
-            sequence.computed += num_tokens
+        for sequence, item in chunks:
+            if item.until_layer is not None:
+                sequence.passed_layers = item.until_layer
+                continue
+            sequence.passed_layers = 0
+            sequence.computed += item.num_tokens
             assert sequence.computed <= min(sequence.known, self._info.max_context_tokens)
             if sequence.computed == sequence.known:
                 results.append(self._draw(sequence))
                 sequence.known += 1
         self._sleep(max(0.0, end_s - self._clock()))
         return results
+
+    def _step_s(self, chunks: Sequence[tuple[_Sequence, StepItem]]) -> float:
+        num_layers = self._info.num_layers
+        whole: list[tuple[_Sequence, int]] = []
+        parts: list[PartLoad] = []
+        for sequence, item in chunks:
+            end = num_layers if item.until_layer is None else item.until_layer
+            assert sequence.passed_layers <= end <= self._ready_layers(sequence)
+            layers = end - sequence.passed_layers
+            if layers == num_layers:
+                whole.append((sequence, item.num_tokens))
+            else:
+                parts.append(PartLoad(item.num_tokens, sequence.rank, layers / num_layers))
+        return self._profile.step_s(_load_of(whole) if whole else None, parts)
+
+    def _ready_layers(self, sequence: _Sequence) -> int:
+        digest = sequence.spec.adapter_digest
+        return self._info.num_layers if digest is None else self._adapters[digest].ready_layers
 
     def _draw(self, sequence: _Sequence) -> SampledToken:
         spec = sequence.spec

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.worker.lora.layout import GROUPS, AdapterWeights
+from services.worker.lora.layout import GROUPS
 from services.worker.lora.stack import AdapterStack, Owners
+from services.worker.lora.weights import AdapterWeights
 
 # Rows times ranks of other adapters above which a segment's own products cost less than those
 # discarded: 420 small operations against 1.4 us per row and rank, with SmolLM2 on one core.
@@ -41,9 +42,14 @@ class LoraBatch:
         stack: AdapterStack,
         segments: Sequence[LoraSegment],
         adapters: Mapping[str, AdapterWeights],
+        *,
+        is_stackable: bool = True,
     ) -> None:
-        """`segments` cover the rows of the step in order, the shortest first."""
-        short = segments[: _num_short(segments, adapters)]
+        """`segments` cover the rows of the step in order, the shortest first.
+
+        Those of an adapter that is still arriving are not stackable.
+        """
+        short = segments[: _num_short(segments, adapters) if is_stackable else 0]
         needed = {s.digest: adapters[s.digest] for s in short if s.digest is not None}
         if needed:
             stack.cover(needed)
@@ -73,14 +79,15 @@ class LoraBatch:
         if mask is not None:
             s.masked_fill_(mask, 0.0)
         for expand in stacked.expands:
-            expand.add_to(y, s)
+            expand.add_to(y, s, scale=stacked.scale)
 
     def _add_long(
         self, y: Tensor, x: Tensor, adapter: AdapterWeights, *, layer: int, group: str
     ) -> None:
         for module in GROUPS[group]:
             if pair := adapter.layers[layer].get(module):
-                y[:, self._stack.outputs[module]].addmm_(x @ pair.a.t(), pair.bt)
+                outputs = self._stack.outputs[module]
+                y[:, outputs].addmm_(x @ pair.a.t(), pair.bt, alpha=pair.scale)
 
     def _mask(self, owners: Owners, device: torch.device) -> Tensor | None:
         """`[rows, ranks]`, true where a rank belongs to another adapter; None if nowhere."""

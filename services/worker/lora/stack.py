@@ -1,18 +1,21 @@
 """The rank rows of all adapters of a batch, side by side, so that one product computes them all.
 
 Stacked once per set of adapters, not per step: the stack is kept while it covers what is needed and
-is not mostly rows that no request uses. It is a copy, in memory beside the adapters themselves.
+is not mostly rows that no request uses. It is a copy, in memory beside the adapters themselves;
+only what is one adapter's alone is taken as it is. Scales that differ are folded into the copied
+rows of A, not of Bᵀ: products with A are masked, so an overflow there stays with its adapter.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from services.common.base_model import ModelConfig
 from services.worker.engine.linear import Linear, PackedLinear, can_pack
-from services.worker.lora.layout import GROUPS, AdapterWeights, output_slices
+from services.worker.lora.layout import GROUPS, LoraPair, output_slices
+from services.worker.lora.weights import AdapterWeights
 
 # Steps that a set of adapters must last before its rows are packed for the CPU's matrix product:
 # that takes one or two steps' time and saves 5 % (32 rows) to 25 % (8 rows) of each later one.
@@ -25,28 +28,32 @@ Owners = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Expand:
-    """`y[:, outputs] += s[:, ranks] @ bt`, for one module."""
+    """`y[:, outputs] += scale * s[:, ranks] @ bt`, for one module."""
 
     ranks: slice
     outputs: slice
     bt: Tensor
     packed: Linear | None = None
 
-    def add_to(self, y: Tensor, s: Tensor) -> None:
+    def add_to(self, y: Tensor, s: Tensor, *, scale: float) -> None:
         if self.packed is None:
-            y[:, self.outputs].addmm_(s[:, self.ranks], self.bt)
+            y[:, self.outputs].addmm_(s[:, self.ranks], self.bt, alpha=scale)
         else:
-            y[:, self.outputs].add_(self.packed(s[:, self.ranks]))
+            y[:, self.outputs].add_(self.packed(s[:, self.ranks]), alpha=scale)
 
     def pack(self) -> "Expand":
-        return Expand(self.ranks, self.outputs, self.bt, PackedLinear(self.bt.t().contiguous()))
+        return replace(self, packed=PackedLinear(self.bt.t().contiguous()))
 
 
 @dataclass(frozen=True, slots=True)
 class StackedGroup:
-    """One group of linears in one layer. Rank rows are ordered by module, then by adapter."""
+    """One group of linears in one layer. Rank rows are ordered by module, then by adapter.
+
+    `scale` is what is left to apply: that of all pairs, or 1 where it is part of `a`.
+    """
 
     a: Tensor
+    scale: float
     owners: Owners
     expands: tuple[Expand, ...]
     packed: Linear | None = None
@@ -57,7 +64,7 @@ class StackedGroup:
 
     def pack(self) -> "StackedGroup":
         expands = tuple(expand.pack() for expand in self.expands)
-        return StackedGroup(self.a, self.owners, expands, PackedLinear(self.a))
+        return replace(self, expands=expands, packed=PackedLinear(self.a))
 
 
 class AdapterStack:
@@ -110,7 +117,7 @@ class AdapterStack:
     def _stack_group(
         self, layer: int, modules: tuple[str, ...], arena: "_Arena"
     ) -> StackedGroup | None:
-        a_rows: list[Tensor] = []
+        pairs: list[LoraPair] = []
         owners: list[tuple[int, int]] = []
         expands: list[Expand] = []
         ranks = 0
@@ -119,7 +126,7 @@ class AdapterStack:
             bt_rows: list[Tensor] = []
             for place, adapter in enumerate(self._adapters.values()):
                 if pair := adapter.layers[layer].get(module):
-                    a_rows.append(pair.a)
+                    pairs.append(pair)
                     bt_rows.append(pair.bt)
                     owners.append((place, pair.rank))
                     ranks += pair.rank
@@ -128,7 +135,8 @@ class AdapterStack:
                 expands.append(Expand(slice(first, ranks), self.outputs[module], bt))
         if not expands:
             return None
-        return StackedGroup(arena.stack(a_rows), tuple(owners), tuple(expands))
+        a, scale = arena.stack_scaled(pairs)
+        return StackedGroup(a, scale, tuple(owners), tuple(expands))
 
     def _pack(self) -> None:
         memory = self._memory
@@ -145,8 +153,10 @@ class _Arena:
             pair for adapter in adapters for layer in adapter.layers for pair in layer.values()
         ]
         size = sum(pair.a.numel() + pair.bt.numel() for pair in pairs)
+        # An adapter of the embedding and the head only has nothing to stack.
         self.memory = memory if memory.numel() >= size else pairs[0].a.new_empty(size)
         self._used = 0
+        self._scales: dict[tuple[tuple[float, int], ...], Tensor] = {}
 
     def stack(self, rows: list[Tensor]) -> Tensor:
         """Row-wise concatenation; one tensor is taken as it is."""
@@ -155,3 +165,19 @@ class _Arena:
         shape = (sum(len(item) for item in rows), rows[0].shape[1])
         first, self._used = self._used, self._used + shape[0] * shape[1]
         return torch.cat(rows, out=self.memory[first : self._used].view(shape))
+
+    def stack_scaled(self, pairs: list[LoraPair]) -> tuple[Tensor, float]:
+        """A of all pairs, and the scale that is left to apply."""
+        stacked = self.stack([pair.a for pair in pairs])
+        if len({pair.scale for pair in pairs}) == 1:
+            return stacked, pairs[0].scale
+        return stacked.mul_(self._column(tuple((pair.scale, pair.rank) for pair in pairs))), 1.0
+
+    def _column(self, scales: tuple[tuple[float, int], ...]) -> Tensor:
+        """`[ranks, 1]`, the scale of each rank; most layers have the same."""
+        if scales not in self._scales:
+            column = [[scale] for scale, ranks in scales for _ in range(ranks)]
+            self._scales[scales] = torch.tensor(
+                column, dtype=torch.float32, device=self.memory.device
+            )
+        return self._scales[scales]

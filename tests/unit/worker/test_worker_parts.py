@@ -1,4 +1,4 @@
-"""The host cache, the engine's thread, reports and settings."""
+"""The engine's thread, reports and settings."""
 
 import asyncio
 import threading
@@ -9,41 +9,13 @@ from pydantic import ValidationError
 
 from services.common.config import load_settings
 from services.core.systems import SYSTEMS
-from services.core.types import Adapter, AdapterDigest, Attempt, RequestId, Reserve
+from services.core.types import Attempt, RequestId, Reserve
 from services.worker.config import WorkerSettings
 from services.worker.engine import EngineInfo, Sampling, SequenceSpec, StepItem
 from services.worker.engine_thread import EngineThread, StepEnded
 from services.worker.outputs import Finish
 from services.worker.reports import PENDING_MAX, Finished, Reports
-from services.worker.residency import HostCache
 from tests.support.worker_peers import INFO, FaultyEngine, quick_engine
-
-
-def _adapter(number: int, size_bytes: int = 10) -> Adapter:
-    return Adapter(AdapterDigest(f"sha256:{number:064x}"), 8, size_bytes)
-
-
-def test_the_host_cache_drops_the_least_recently_used_blob() -> None:
-    cache = HostCache(bytes_max=30)
-    one, two, three, four = (_adapter(number) for number in range(1, 5))
-    for adapter in (one, two, three):
-        cache.put(adapter, bytearray(10))
-    assert cache.get(one.digest) is not None
-    cache.put(four, bytearray(10))
-    assert [adapter.digest for adapter in cache.adapters()] == [
-        three.digest,
-        one.digest,
-        four.digest,
-    ]
-    assert cache.get(two.digest) is None
-    assert cache.held_bytes == 30
-
-
-def test_a_blob_larger_than_the_host_cache_drives_nothing_out() -> None:
-    cache = HostCache(bytes_max=30)
-    cache.put(_adapter(1), bytearray(10))
-    cache.put(_adapter(2), bytearray(31))
-    assert [adapter.digest for adapter in cache.adapters()] == [_adapter(1).digest]
 
 
 def test_reports_are_kept_only_while_a_stream_is_open() -> None:
