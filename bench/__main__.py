@@ -12,8 +12,12 @@ NAMES: Final = {
     "accuracy": "each example adapter at its own job, through the whole suite, against the base",
     "policies": "every policy simulated: knees, tails, regimes, tenants, faults, against S-LoRA",
     "uellm": "UELLM's experiment rebuilt, and the default policy beside its systems",
+    "cache": "eviction policies of the adapter cache against LRU and Belady, alone and in a worker",
     "control": "submit + dispatch + finish cycles per second of the scheduler's core",
+    "coldstart": "a cold adapter's first token, what of its load is hidden, and what others feel",
+    "registry": "100,000 adapters: resolving, pages, watches, and whose memory they take",
     "replay": "one trace live over gRPC and simulated: same decisions, same times to first token",
+    "stream": "downloads from the adapter store against a plain gRPC stream and against S3",
 }
 
 

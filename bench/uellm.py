@@ -242,6 +242,7 @@ def _hardware(step_s: float) -> Hardware:
         vocab_size=65_024,
         eos_token_ids=(2,),
         max_context_tokens=8192,
+        num_layers=28,
         kv_bytes_per_token=_CHATGLM2.token_bytes,
         memory_bytes=4 * 2**30,
         fixed_ms=0.0,

@@ -104,8 +104,8 @@ async def _play(
 
 
 def _simulated(trace: Trace) -> Sequence[RequestRecord]:
-    """The same on one simulated worker. The live engine loads adapters between two steps."""
-    hardware = Hardware(PROFILES[PROFILE], max_requests=MAX_REQUESTS, load_blocking=1.0)
+    """The same on one simulated worker. The live engine, too, uses layers as they come."""
+    hardware = Hardware(PROFILES[PROFILE], max_requests=MAX_REQUESTS, overlaps_prefill=True)
     scenario = Scenario(SYSTEMS[SYSTEM], hardware, trace, predictor=Learned())
     return simulate(scenario).requests
 

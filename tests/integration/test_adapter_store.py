@@ -2,122 +2,29 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
 from calumma.adapter_store.v1 import adapter_store_pb2_grpc as pb_grpc
 from services.adapter_store.blobs import blob_path
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.service import SERVICE, AdapterStore, start
-from services.adapter_store.storage import ObjectStorage, Timeouts, open_storage
+from services.adapter_store.service import start
+from services.adapter_store.storage import ObjectStorage
 from services.common.adapter_container import digest_of, read_header
 from services.common.clients import open_channel
 from services.common.config import load_settings
 from services.common.errors import Reason, RpcError
 from tests.support.peft_folders import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
-    write_peft_folder,
     write_tiny_model,
 )
 from tests.support.s3_server import S3Server, run_s3_server, weed_binary
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Client:
-    """A channel to a running store."""
-
-    service: AdapterStore
-    channel: grpc.aio.Channel
-
-    @property
-    def stub(self) -> Any:
-        return pb_grpc.AdapterStoreServiceStub(self.channel)
-
-    async def publish(
-        self, folder: Path, name: str = "a", *, chunk_bytes: int = 2**20, **metadata: Any
-    ) -> pb.PublishResponse:
-        async def messages() -> AsyncIterator[pb.PublishRequest]:
-            yield pb.PublishRequest(metadata=pb.PublishMetadata(name=name, **metadata))
-            for file in (CONFIG_FILE, WEIGHTS_FILE):
-                data = (folder / file).read_bytes()
-                for start_byte in range(0, len(data), chunk_bytes):
-                    part = data[start_byte : start_byte + chunk_bytes]
-                    yield pb.PublishRequest(chunk=pb.FileChunk(file=file, data=part))
-
-        response: pb.PublishResponse = await self.stub.Publish(messages(), timeout=30)
-        return response
-
-    async def download(self, digest: str, offset: int = 0) -> bytes:
-        data = b""
-        request = pb.DownloadRequest(digest=digest, offset=offset)
-        async for message in self.stub.Download(request, timeout=30):
-            assert message.offset == offset + len(data)
-            data += message.data
-            assert message.total_bytes >= offset + len(data)
-        return data
-
-    async def is_serving(self) -> bool:
-        stub: Any = health_pb2_grpc.HealthStub(self.channel)
-        answer = await stub.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=5)
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-    async def until_serving(self) -> None:
-        async with asyncio.timeout(10):
-            while not await self.is_serving():
-                await asyncio.sleep(0.02)
-
-
-@dataclass(frozen=True)
-class World:
-    """A storage that any number of replicas may be started on."""
-
-    folder: Path
-    store_url: str
-    shapes: dict[str, tuple[int, int]]
-
-    @property
-    def storage(self) -> ObjectStorage:
-        return open_storage(self.store_url, Timeouts())
-
-    def settings(self, **changes: Any) -> AdapterStoreSettings:
-        known: dict[str, Any] = {
-            "listen": "127.0.0.1:0",
-            "store_url": self.store_url,
-            "model": str(self.folder / "model"),
-            "base_names": ("acme/tiny-base",),
-            "cache_dir": self.folder / f"cache-{uuid.uuid4().hex}",
-            "poll_s": 0.05,
-        }
-        return AdapterStoreSettings(**{**known, **changes})
-
-    @asynccontextmanager
-    async def replica(self, **changes: Any) -> AsyncGenerator[Client]:
-        service = await start(self.settings(**changes))
-        channel = open_channel(service.address)
-        client = Client(service, channel)
-        try:
-            await client.until_serving()
-            yield client
-        finally:
-            await channel.close()
-            await service.stop(0)
-
-    def adapter(self, seed: int = 0, **options: Any) -> Path:
-        folder = self.folder / f"adapter-{uuid.uuid4().hex}"
-        options.setdefault("target_modules", LINEARS)
-        write_peft_folder(folder, shapes=self.shapes, num_layers=2, seed=seed, **options)
-        return folder
+from tests.support.store_suite import LINEARS, Client, World, error_of, next_of
 
 
 @pytest.fixture(scope="module")
@@ -151,28 +58,6 @@ async def client(world: World) -> AsyncIterator[Client]:
         yield client
 
 
-async def _error(call: Any) -> RpcError:
-    """The details of the status that `call` ends with."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await (_drained(call) if hasattr(call, "read") else call)
-    error = RpcError.from_rpc(caught.value)
-    assert error is not None, caught.value
-    assert error.code is caught.value.code()
-    return error
-
-
-async def _drained(call: Any) -> None:
-    while await call.read() is not grpc.aio.EOF:
-        pass
-
-
-async def _next(watch: Any) -> Any:
-    async with asyncio.timeout(10):
-        message = await watch.read()
-    kind = message.WhichOneof("event")
-    return message.deleted if kind == "deleted" else kind, message
-
-
 async def test_an_adapter_goes_from_upload_to_download(client: Client, world: World) -> None:
     published = await client.publish(world.adapter(), "billing-json", aliases=["stable"])
     ref = published.version.ref
@@ -197,7 +82,7 @@ async def test_a_download_goes_on_from_an_offset(client: Client, world: World) -
     for offset in (1, 256, len(blob) // 2, len(blob) - 1, len(blob)):
         assert await client.download(ref.digest, offset) == blob[offset:]
     request = pb.DownloadRequest(digest=ref.digest, offset=len(blob) + 1)
-    error = await _error(client.stub.Download(request))
+    error = await error_of(client.stub.Download(request))
     assert (error.reason, error.context.field) == (Reason.INVALID_FIELD, "offset")
 
 
@@ -217,17 +102,17 @@ async def test_versions_aliases_and_deletion(client: Client, world: World) -> No
         await client.publish(world.adapter(seed))
     moved = await stub.SetAlias(pb.SetAliasRequest(name="a", alias="stable", version=2))
     assert dict(moved.adapter.aliases) == {"stable": 2}
-    error = await _error(stub.Delete(pb.DeleteRequest(adapter="a@2")))
+    error = await error_of(stub.Delete(pb.DeleteRequest(adapter="a@2")))
     assert error.reason is Reason.ADAPTER_IN_USE
     await stub.Delete(pb.DeleteRequest(adapter="a@3"))
     answer = await stub.Get(pb.GetRequest(adapter="a"))
     assert [version.ref.version for version in answer.adapter.versions] == [1, 2]
     assert answer.version.ref.version == 2
     await stub.DeleteAlias(pb.DeleteAliasRequest(name="a", alias="stable"))
-    error = await _error(stub.Get(pb.GetRequest(adapter="a@stable")))
+    error = await error_of(stub.Get(pb.GetRequest(adapter="a@stable")))
     assert error.reason is Reason.ALIAS_NOT_FOUND
     await stub.Delete(pb.DeleteRequest(adapter="a"))
-    error = await _error(stub.Get(pb.GetRequest(adapter="a")))
+    error = await error_of(stub.Get(pb.GetRequest(adapter="a")))
     assert error.reason is Reason.ADAPTER_NOT_FOUND
     assert (error.context.resource_type, error.context.resource_name) == ("adapter", "a")
     assert (await client.publish(world.adapter())).version.ref.version == 4
@@ -237,28 +122,28 @@ async def test_a_watch_shows_everything_and_then_each_change(client: Client, wor
     await client.publish(world.adapter(), "a")
     await client.publish(world.adapter(1), "b")
     watch = client.stub.Watch(pb.WatchRequest())
-    kinds = [await _next(watch) for _ in range(3)]
+    kinds = [await next_of(watch) for _ in range(3)]
     assert [kind for kind, _ in kinds] == ["updated", "updated", "synced"]
     assert [message.updated.name for _, message in kinds[:2]] == ["a", "b"]
     await client.publish(world.adapter(2), "a")
-    _, message = await _next(watch)
+    _, message = await next_of(watch)
     assert len(message.updated.versions) == 2
     await client.stub.Delete(pb.DeleteRequest(adapter="b"))
-    assert (await _next(watch))[0] == "b"
+    assert (await next_of(watch))[0] == "b"
     watch.cancel()
 
 
 async def test_replicas_see_each_other_and_lose_nothing(world: World) -> None:
     async with world.replica() as here, world.replica() as there:
         watch = there.stub.Watch(pb.WatchRequest())
-        assert (await _next(watch))[0] == "synced"
+        assert (await next_of(watch))[0] == "synced"
         adapters = [world.adapter(seed, target_modules=("q_proj",), rank=2) for seed in range(12)]
         await asyncio.gather(
             *((here, there)[i % 2].publish(folder, "a") for i, folder in enumerate(adapters))
         )
         versions: set[str] = set()
         while len(versions) < len(adapters):
-            _, message = await _next(watch)
+            _, message = await next_of(watch)
             versions = {version.ref.digest for version in message.updated.versions}
         for client in (here, there):
             entry = (await client.stub.Get(pb.GetRequest(adapter="a@12"))).adapter
@@ -282,7 +167,7 @@ async def test_corrupt_bytes_in_storage_are_data_loss(client: Client, world: Wor
     folder = world.adapter()
     ref = (await client.publish(folder)).version.ref
     await world.storage.put(blob_path(ref.digest), bytes(ref.size_bytes))
-    error = await _error(client.stub.Download(pb.DownloadRequest(digest=ref.digest)))
+    error = await error_of(client.stub.Download(pb.DownloadRequest(digest=ref.digest)))
     assert (error.reason, error.code) == (Reason.ADAPTER_CORRUPT, grpc.StatusCode.DATA_LOSS)
     await client.publish(folder)
     assert digest_of(await client.download(ref.digest)) == ref.digest
@@ -374,23 +259,23 @@ async def test_bad_requests_get_their_reason_and_field(local: World) -> None:
     async with local.replica() as client:
         await client.publish(local.adapter(target_modules=("q_proj",)))
         for what, (method, request, reason, field) in BAD_REQUESTS.items():
-            error = await _error(getattr(client.stub, method)(request, timeout=5))
+            error = await error_of(getattr(client.stub, method)(request, timeout=5))
             assert (error.reason, error.context.field) == (reason, field), what
 
 
 async def test_a_refused_upload_leaves_nothing(local: World) -> None:
     async with local.replica() as client:
         folder = local.adapter(config={"use_dora": True})
-        error = await _error(client.publish(folder))
+        error = await error_of(client.publish(folder))
         assert (error.reason, error.context.field) == (Reason.ADAPTER_UNSUPPORTED, "use_dora")
         folder = local.adapter(base_model="acme/other")
-        error = await _error(client.publish(folder))
+        error = await error_of(client.publish(folder))
         assert error.reason is Reason.ADAPTER_BASE_MISMATCH
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         folder = local.adapter()
         weights = (folder / WEIGHTS_FILE).read_bytes()
         (folder / WEIGHTS_FILE).write_bytes(weights[:-1])
-        error = await _error(client.publish(folder))
+        error = await error_of(client.publish(folder))
         assert error.reason is Reason.ADAPTER_INVALID
         assert not (await client.stub.List(pb.ListRequest())).adapters
         assert await local.storage.list("blobs") == []
@@ -401,7 +286,7 @@ async def test_uploads_at_a_time_have_a_limit(local: World) -> None:
         slow = client.stub.Publish()
         await slow.write(pb.PublishRequest(metadata=pb.PublishMetadata(name="slow")))
         await asyncio.sleep(0.2)  # until the server has begun to read it
-        error = await _error(client.publish(local.adapter()))
+        error = await error_of(client.publish(local.adapter()))
         assert error.reason is Reason.TOO_MANY_REQUESTS
         assert error.context.retry_after_s
         slow.cancel()
@@ -423,10 +308,10 @@ async def test_a_store_that_starts_before_its_storage_waits_for_it(
     try:
         client = Client(service, channel)
         assert not await client.is_serving()
-        error = await _error(client.stub.Get(pb.GetRequest(adapter="a")))
+        error = await error_of(client.stub.Get(pb.GetRequest(adapter="a")))
         assert error.reason is Reason.OBJECT_STORAGE_UNAVAILABLE
         assert error.context.retry_after_s
-        error = await _error(client.stub.Watch(pb.WatchRequest()))
+        error = await error_of(client.stub.Watch(pb.WatchRequest()))
         assert error.reason is Reason.OBJECT_STORAGE_UNAVAILABLE
         monkeypatch.setattr(ObjectStorage, "list", real_list)
         await client.until_serving()
@@ -448,10 +333,10 @@ async def test_stopping_ends_watches_at_once(local: World) -> None:
     try:
         await Client(service, channel).until_serving()
         watch: Any = pb_grpc.AdapterStoreServiceStub(channel).Watch(pb.WatchRequest())
-        assert (await _next(watch))[0] == "synced"
+        assert (await next_of(watch))[0] == "synced"
         async with asyncio.timeout(5):
             stopping = asyncio.create_task(service.stop(30))
-            assert (await _error(watch)).reason is Reason.DRAINING
+            assert (await error_of(watch)).reason is Reason.DRAINING
             await stopping
     finally:
         await channel.close()

@@ -10,9 +10,12 @@ from opentelemetry.trace import SpanContext
 
 from calumma.common.v1 import common_pb2
 from services.common.errors import Reason
+from services.core.types import AdapterDigest
 from services.worker.engine.simulated import SimulatedEngine
+from services.worker.outputs import Tier
 from tests.support.worker_peers import (
     INFO,
+    Bench,
     bench,
     expected_tokens,
     make_blob,
@@ -23,19 +26,181 @@ from tests.support.worker_peers import (
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-async def test_twenty_requests_for_one_cold_adapter_make_one_download() -> None:
+async def test_a_hundred_requests_for_one_cold_adapter_make_one_download() -> None:
     async with bench() as it:
         gateway = await it.gateway()
+        it.store.gate.clear()
         ref = it.store.add(make_blob(1))
-        items = [work_item(f"r{i}", adapter=ref) for i in range(20)]
+        items = [work_item(f"r{i}", adapter=ref) for i in range(100)]
         await it.scheduler.dispatch(*items)
+        await it.store.asked()
+        await it.scheduler.abort("r0")  # the one whose coming began it
+        await gateway.ended("r0")
+        it.store.gate.set()
         await gateway.ended(*(item.request_id for item in items))
         assert it.store.offsets == [0]
-        for item in items:
+        for item in items[1:]:
             assert gateway.tokens[item.request_id] == expected_tokens(item)
             timings = gateway.endings[item.request_id].timings
             assert timings.adapter_tier == common_pb2.ADAPTER_TIER_STORE
             assert timings.adapter_load_s > 0
+
+
+async def test_a_hundred_requests_for_one_adapter_that_fails_get_the_same_error() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        it.store.gate.clear()
+        blob = make_blob(1)
+        it.store.blobs[blob.digest] = blob.data[:-1] + b"!"
+        items = [work_item(f"r{i}", adapter=blob.ref) for i in range(100)]
+        await it.scheduler.dispatch(*items)
+        await it.store.asked()
+        it.store.gate.set()
+        await gateway.ended(*(item.request_id for item in items))
+        assert it.store.offsets == [0]
+        errors = [gateway.endings[item.request_id].error for item in items]
+        assert {(error.reason, error.message) for error in errors} == {
+            (Reason.ADAPTER_CORRUPT, errors[0].message)
+        }
+        assert it.engine.adapters == {}
+        assert it.worker.residency.held() == {}
+
+
+async def test_a_load_that_all_have_left_ends_in_host_memory_all_the_same() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        it.store.gate.clear()
+        ref = it.store.add(make_blob(1))
+        await it.scheduler.dispatch(work_item("one", adapter=ref))
+        await it.store.asked()
+        await it.scheduler.abort("one")
+        await gateway.ended("one")
+        it.store.gate.set()
+        await it.until(lambda: ref.digest in it.worker.residency.near())
+        assert it.store.offsets == [0]
+
+
+async def test_the_engine_has_the_first_layers_while_the_last_ones_come() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        blob = make_blob(1, layers=INFO.num_layers, rank=8)
+        ref = it.store.add(blob)
+        rest = it.store.pauses_at[len(blob.data) - 1] = asyncio.Event()
+        await it.scheduler.dispatch(work_item("one", adapter=ref))
+        await it.until(lambda: it.engine.adapters.get(ref.digest) == INFO.num_layers - 1)
+        await it.until(lambda: _ready_layers(it, ref.digest) == INFO.num_layers - 1)
+        assert it.worker.residency.held()[AdapterDigest(ref.digest)].tier == Tier.STORE
+        assert "one" not in gateway.endings
+        rest.set()
+        await gateway.ended("one")
+        assert gateway.tokens["one"] == expected_tokens(work_item("one"))
+        held = it.worker.residency.held()[AdapterDigest(ref.digest)]
+        assert (held.tier, held.in_host, held.ready_layers) == (Tier.DEVICE, True, None)
+
+
+async def test_a_prompt_begins_with_the_layers_that_came() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        blob = make_blob(1, layers=INFO.num_layers, rank=8)
+        rest = it.store.pauses_at[len(blob.data) - 1] = asyncio.Event()
+        items = [work_item("one", adapter=it.store.add(blob)), work_item("base", max_tokens=400)]
+        await it.scheduler.dispatch(*items)
+        await it.until(lambda: bool(it.engine.parts))
+        await gateway.ended("base")
+        assert "one" not in gateway.endings
+        rest.set()
+        await gateway.ended("one")
+        assert {part.sequence_id for part in it.engine.parts} == {"one#1"}
+        assert max(part.until_layer or 0 for part in it.engine.parts) < INFO.num_layers
+        for item in items:
+            assert gateway.tokens[item.request_id] == expected_tokens(item)
+
+
+async def test_a_prompt_that_began_fails_when_its_adapter_turns_out_wrong() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        blob = make_blob(1, layers=INFO.num_layers, rank=8)
+        it.store.blobs[blob.digest] = blob.data[:-1] + b"!"
+        rest = it.store.pauses_at[len(blob.data) - 1] = asyncio.Event()
+        bad = [work_item(f"bad-{i}", adapter=blob.ref) for i in range(3)]
+        base = work_item("base", max_tokens=400)
+        await it.scheduler.dispatch(*bad, base)
+        await it.until(lambda: len({part.sequence_id for part in it.engine.parts}) == len(bad))
+        rest.set()
+        await gateway.ended("base", *(item.request_id for item in bad))
+        for item in bad:
+            error = gateway.endings[item.request_id].error
+            assert (error.reason, "does not have its digest" in error.message) == (
+                Reason.ADAPTER_CORRUPT,
+                True,
+            )
+        assert gateway.tokens["base"] == expected_tokens(base)
+        await it.until(lambda: it.engine.adapters == {})
+        it.store.add(blob)
+        await it.scheduler.dispatch(work_item("good", adapter=blob.ref))
+        await gateway.ended("good")
+        assert gateway.tokens["good"] == expected_tokens(work_item("good"))
+
+
+async def test_a_prompt_that_began_can_be_aborted_before_its_adapter_is_there() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        blob = make_blob(1, layers=INFO.num_layers, rank=8)
+        rest = it.store.pauses_at[len(blob.data) - 1] = asyncio.Event()
+        one = work_item("one", adapter=it.store.add(blob))
+        await it.scheduler.dispatch(one, work_item("base", max_tokens=400))
+        await it.until(lambda: bool(it.engine.parts))
+        await it.scheduler.abort("one")
+        await gateway.ended("one")
+        await it.until(lambda: it.engine.open == {"base#1"})
+        rest.set()
+        await it.scheduler.abort("base")
+        await it.until(lambda: blob.digest in it.worker.residency.near())
+
+
+async def test_an_adapter_that_turns_out_wrong_at_its_end_leaves_the_engine() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        blob = make_blob(1, layers=INFO.num_layers)
+        it.store.blobs[blob.digest] = blob.data[:-1] + b"!"
+        await it.scheduler.dispatch(work_item("bad", adapter=blob.ref))
+        assert (await gateway.ended("bad")).error.reason == Reason.ADAPTER_CORRUPT
+        assert it.engine.most_layers[blob.digest] > 0
+        await it.until(lambda: it.engine.adapters == {})
+        it.store.add(blob)
+        await it.scheduler.dispatch(work_item("good", adapter=blob.ref))
+        await gateway.ended("good")
+        assert gateway.tokens["good"] == expected_tokens(work_item("good"))
+
+
+async def test_a_dropped_copy_in_host_memory_is_downloaded_again() -> None:
+    async with bench(engine=_room_for_one_adapter()) as it:
+        gateway = await it.gateway()
+        first, second = it.store.add(make_blob(1)), it.store.add(make_blob(2))
+        await it.scheduler.dispatch(work_item("r0", adapter=first))
+        await gateway.ended("r0")
+        it.worker.residency.drop_host(AdapterDigest(first.digest))
+        held = it.worker.residency.held()[AdapterDigest(first.digest)]
+        assert (held.tier, held.in_host) == (Tier.DEVICE, False)
+        for number, ref in enumerate((first, second, first), start=1):
+            await it.scheduler.dispatch(work_item(f"r{number}", adapter=ref))
+            await gateway.ended(f"r{number}")
+        assert gateway.endings["r1"].timings.adapter_tier == common_pb2.ADAPTER_TIER_DEVICE
+        assert gateway.endings["r3"].timings.adapter_tier == common_pb2.ADAPTER_TIER_STORE
+
+
+async def test_what_was_moved_and_found_is_counted() -> None:
+    async with bench(engine=_room_for_one_adapter()) as it:
+        gateway = await it.gateway()
+        first, second = it.store.add(make_blob(1)), it.store.add(make_blob(2))
+        for number, ref in enumerate((first, first, second, first, None)):
+            await it.scheduler.dispatch(work_item(f"r{number}", adapter=ref))
+            await gateway.ended(f"r{number}")
+        measures = it.worker.measures
+        assert measures.tiers == {Tier.DEVICE: 1, Tier.HOST: 1, Tier.STORE: 2}
+        assert (measures.hits, measures.misses, measures.evictions) == (1, 3, 2)
+        assert measures.downloaded_bytes == first.size_bytes + second.size_bytes
+        assert measures.loaded_bytes == 2 * first.size_bytes + second.size_bytes
 
 
 async def test_the_tier_says_where_the_adapter_was() -> None:
@@ -178,15 +343,25 @@ async def test_an_adapter_that_came_late_is_asked_for_again() -> None:
         assert (await gateway.ended("late")).finish_reason
 
 
-async def test_an_adapter_of_another_shape_is_refused_by_name() -> None:
+async def test_an_adapter_that_the_engine_refuses_is_told_so_and_leaves_nothing() -> None:
+    async with bench() as it:
+        gateway = await it.gateway()
+        it.engine.incompatible = True
+        await it.scheduler.dispatch(work_item("one", adapter=it.store.add(make_blob(1))))
+        error = (await gateway.ended("one")).error
+        assert error.reason == Reason.ADAPTER_BASE_MISMATCH
+        assert "layer 0 q_proj" in error.message
+        assert it.worker.residency.held() == {}
+
+
+async def test_a_header_that_makes_no_sense_is_corrupt_though_it_has_its_digest() -> None:
     async with bench() as it:
         gateway = await it.gateway()
         blob = make_blob(1)
-        broken = blob.data.replace(b'"dtype":"BF16"', b'"dtype":"XX16"')
-        fake = type(blob)(broken, blob.rank)
-        it.store.add(fake)
-        await it.scheduler.dispatch(work_item("one", adapter=fake.ref))
-        assert (await gateway.ended("one")).error.reason == Reason.ADAPTER_BASE_MISMATCH
+        fake = type(blob)(blob.data.replace(b'"dtype":"BF16"', b'"dtype":"XX16"'), blob.rank)
+        await it.scheduler.dispatch(work_item("one", adapter=it.store.add(fake)))
+        assert (await gateway.ended("one")).error.reason == Reason.ADAPTER_CORRUPT
+        assert it.engine.adapters == {}
 
 
 async def test_one_waiter_that_leaves_does_not_take_the_adapter_from_the_others() -> None:
@@ -197,7 +372,7 @@ async def test_one_waiter_that_leaves_does_not_take_the_adapter_from_the_others(
         await it.scheduler.dispatch(
             work_item("leaves", adapter=ref), work_item("waits", adapter=ref)
         )
-        await asyncio.sleep(0.05)
+        await it.store.asked()
         await it.scheduler.abort("leaves")
         await gateway.ended("leaves")
         it.store.gate.set()
@@ -249,6 +424,10 @@ async def test_the_download_joins_the_trace_of_the_first_request_that_waits() ->
     assert tiers == ["store", "store"]
     header = it.store.metadata[0]["traceparent"]
     assert int(header.split("-")[2], 16) in {_context(span).span_id for span in loads}
+
+
+def _ready_layers(it: Bench, digest: str) -> int | None:
+    return it.worker.residency.held()[AdapterDigest(digest)].ready_layers
 
 
 def _context(span: ReadableSpan) -> SpanContext:

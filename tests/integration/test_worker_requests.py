@@ -157,13 +157,14 @@ async def test_a_later_attempt_may_come_at_the_moment_when_the_adapter_is_there(
         item = work_item("twice", adapter=it.store.add(make_blob(1)))
         later = work_item("twice", adapter=item.adapter)
         later.attempt = 2
-        loaded = driver._on_load_ended
+        loads = driver._loads
+        loaded = loads._on_ended
 
         def loaded_and_dispatched(digest: AdapterDigest, error: RpcError | None) -> None:
             loaded(digest, error)
             driver.dispatch(work_from(later, INFO, now=time.monotonic()))
 
-        driver._on_load_ended = loaded_and_dispatched  # type: ignore[method-assign]
+        loads._on_ended = loaded_and_dispatched  # type: ignore[method-assign]
         await it.scheduler.dispatch(item)
         assert (await it.scheduler.has_finished("twice", 1)).finish_reason == CANCELLED
         assert (await it.scheduler.has_finished("twice", 2)).finish_reason == LENGTH

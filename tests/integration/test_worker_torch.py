@@ -18,6 +18,7 @@ from services.worker.engine import (  # noqa: E402
     EngineSettings,
     Sampling,
     SequenceSpec,
+    add_adapter,
     build_engine,
 )
 from services.worker.engine_thread import EngineThread  # noqa: E402
@@ -85,7 +86,7 @@ async def test_tokens_through_the_worker_equal_those_of_the_engine_alone(
         await gateway.ended(*(item.request_id for item in items))
         engine = build_engine(EngineSettings(model=_FOLDER, dtype="float32", threads=1))
         for blob in blobs:
-            engine.add_adapter(blob.digest, bytearray(blob.data))
+            add_adapter(engine, blob.digest, bytearray(blob.data))
         alone = {item.request_id: _alone(engine, item) for item in items}
         assert gateway.tokens == alone
         assert (len(opened) > len(items)) == (pool_bytes == 700_000)

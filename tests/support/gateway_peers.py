@@ -81,6 +81,12 @@ class SchedulerPeer(Peer, scheduler_pb2_grpc.SchedulerServiceServicer):
     def GetState(self, request: Any, context: Any) -> Any:
         raise AssertionError
 
+    def WatchResidency(self, request: Any, context: Any) -> Any:
+        raise AssertionError
+
+    def UnloadAdapter(self, request: Any, context: Any) -> Any:
+        raise AssertionError
+
     def name(self, worker: "WorkerPeer", *, attached: bool = True) -> None:
         self._say(
             worker=scheduler_pb2.WorkerAddress(
@@ -201,12 +207,18 @@ class WorkerPeer(Peer, worker_pb2_grpc.WorkerServiceServicer):
 
 
 class StorePeer(Peer, adapter_store_pb2_grpc.AdapterStoreServiceServicer):
-    """Adapters by name; `publish` is seen by Get at once and by Watch unless `watch` is False."""
+    """Adapters by name; `publish` is seen by Get at once and by Watch unless `watch` is False.
+
+    A resume token is the number of changes that were told; a watch resumes while `resumes` holds.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.adapters: dict[str, adapter_store_pb2.Adapter] = {}
         self.questions: list[str] = []
+        self.resume_tokens: list[str] = []
+        self.resumes = True
+        self._told: list[adapter_store_pb2.WatchResponse] = []
         self._watchers: list[asyncio.Queue[adapter_store_pb2.WatchResponse]] = []
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -231,13 +243,20 @@ class StorePeer(Peer, adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self._tell(adapter_store_pb2.WatchResponse(deleted=name))
 
     async def Watch(
-        self, request: Any, context: Any
+        self, request: adapter_store_pb2.WatchRequest, context: Any
     ) -> AsyncIterator[adapter_store_pb2.WatchResponse]:
+        self.resume_tokens.append(request.resume_token)
+        resumed = self.resumes and bool(request.resume_token)
         changes: asyncio.Queue[adapter_store_pb2.WatchResponse] = asyncio.Queue()
-        for adapter in self.adapters.values():
-            changes.put_nowait(adapter_store_pb2.WatchResponse(updated=adapter))
-        synced = adapter_store_pb2.WatchSynced()
-        changes.put_nowait(adapter_store_pb2.WatchResponse(synced=synced))
+        if resumed:
+            for told in self._told[int(request.resume_token) :]:
+                changes.put_nowait(told)
+        else:
+            for adapter in self.adapters.values():
+                changes.put_nowait(adapter_store_pb2.WatchResponse(updated=adapter))
+        synced = adapter_store_pb2.WatchSynced(resumed=resumed)
+        token = str(len(self._told))
+        changes.put_nowait(adapter_store_pb2.WatchResponse(synced=synced, resume_token=token))
         self._watchers.append(changes)
         while True:
             yield await changes.get()
@@ -248,18 +267,27 @@ class StorePeer(Peer, adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self.questions.append(request.adapter)
         name, _, selector = request.adapter.partition("@")
         adapter = self.adapters.get(name)
-        if adapter is None:
-            error = RpcError(
-                Reason.ADAPTER_NOT_FOUND, f"no adapter {name}", resource=("adapter", name)
-            )
+        if adapter is None or (adapter.tenants and request.tenant not in adapter.tenants):
+            message = f"no adapter is named {name}"
+            error = RpcError(Reason.ADAPTER_NOT_FOUND, message, resource=("adapter", name))
             await context.abort_with_status(rpc_status.to_status(error.to_status()))
             raise AssertionError
         version = int(selector) if selector else len(adapter.versions)
         return adapter_store_pb2.GetResponse(version=adapter.versions[version - 1], adapter=adapter)
 
+    def change(self, name: str, **fields: Any) -> None:
+        """Merge fields into an adapter."""
+        adapter = self.adapters[name]
+        adapter.MergeFrom(adapter_store_pb2.Adapter(**fields))
+        adapter.revision += 1
+        self._tell(adapter_store_pb2.WatchResponse(updated=adapter))
+
     def _tell(self, change: adapter_store_pb2.WatchResponse) -> None:
+        told = adapter_store_pb2.WatchResponse(resume_token=str(len(self._told) + 1))
+        told.MergeFrom(change)
+        self._told.append(told)
         for watcher in self._watchers:
-            watcher.put_nowait(change)
+            watcher.put_nowait(told)
 
     def Publish(self, request_iterator: Any, context: Any) -> Any:
         raise AssertionError
@@ -277,6 +305,18 @@ class StorePeer(Peer, adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         raise AssertionError
 
     def DeleteAlias(self, request: Any, context: Any) -> Any:
+        raise AssertionError
+
+    def RollbackAlias(self, request: Any, context: Any) -> Any:
+        raise AssertionError
+
+    def SetVisibility(self, request: Any, context: Any) -> Any:
+        raise AssertionError
+
+    def Pin(self, request: Any, context: Any) -> Any:
+        raise AssertionError
+
+    def Unpin(self, request: Any, context: Any) -> Any:
         raise AssertionError
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy.typing as npt
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+OUTER = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 Array = npt.NDArray[Any]
 
@@ -57,23 +58,22 @@ def write_peft_folder(
 ) -> list[LoraPair]:
     """Write an adapter for every layer. `shapes`: module to (in_features, out_features).
 
+    "embed_tokens" and "lm_head" are once in a model, whatever `num_layers` is.
     `config` adds fields to adapter_config.json. Returns the pairs as written, rounded to `dtype`.
     """
     generator = np.random.default_rng(seed)
     tensors: dict[str, Array] = {}
     pairs: list[LoraPair] = []
-    for layer in range(num_layers):
-        for module in target_modules:
-            block = "self_attn" if module in ATTENTION else "mlp"
-            name = f"model.layers.{layer}.{block}.{module}"
-            in_features, out_features = shapes[module]
-            r = _of(rank_pattern, name, rank)
-            scale = _of(alpha_pattern, name, alpha) / (math.sqrt(r) if use_rslora else r)
-            a = to_bits(generator.normal(0, 0.1, (r, in_features)), dtype)
-            b = to_bits(generator.normal(0, 0.1, (out_features, r)), dtype)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b
-            pairs.append(LoraPair(name, r, scale, from_bits(a, dtype), from_bits(b, dtype)))
+    for name, module in _paths(target_modules, num_layers):
+        in_features, out_features = shapes[module]
+        r = _of(rank_pattern, name, rank)
+        scale = _of(alpha_pattern, name, alpha) / (math.sqrt(r) if use_rslora else r)
+        a = to_bits(generator.normal(0, 0.1, (r, in_features)), dtype)
+        b = to_bits(generator.normal(0, 0.1, (out_features, r)), dtype)
+        kind = "lora_embedding_{}" if module == "embed_tokens" else "lora_{}.weight"
+        tensors[f"base_model.model.{name}.{kind.format('A')}"] = a
+        tensors[f"base_model.model.{name}.{kind.format('B')}"] = b
+        pairs.append(LoraPair(name, r, scale, from_bits(a, dtype), from_bits(b, dtype)))
     path.mkdir(parents=True, exist_ok=True)
     fields = {
         "peft_type": "LORA",
@@ -145,6 +145,16 @@ def from_bits(bits: Array, dtype: str) -> Array:
     if dtype == "F32":
         return bits.view(np.float32)
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _paths(target_modules: Sequence[str], num_layers: int) -> Iterator[tuple[str, str]]:
+    """Path and name of each module."""
+    for layer in range(num_layers):
+        for module in target_modules:
+            if module not in OUTER:
+                block = "self_attn" if module in ATTENTION else "mlp"
+                yield f"model.layers.{layer}.{block}.{module}", module
+    yield from ((OUTER[module], module) for module in target_modules if module in OUTER)
 
 
 def _of(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:

@@ -78,6 +78,8 @@ def run_s3_server(folder: Path) -> Generator[S3Server]:
             f"-filer.port={ports[2]}",
             "-s3",
             f"-s3.port={ports[3]}",
+            "-s3.port.iceberg=0",  # off: their ports are fixed, and two servers would collide
+            "-s3.port.lance=0",
             f"-s3.config={config}",
             "-volume.max=20",
             "-master.volumeSizeLimitMB=64",

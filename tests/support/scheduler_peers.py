@@ -21,6 +21,27 @@ def digest_of(number: int) -> str:
     return f"sha256:{number:064x}"
 
 
+def device_status(
+    *adapters: int, users: int = 0, pin_reason: str = "", free_blocks: int = 4096
+) -> scheduler_pb2.WorkerStatus:
+    """A status with these made-up adapters, 1000 bytes each, in device memory."""
+    resident = [
+        scheduler_pb2.ResidentAdapter(
+            digest=digest_of(number), blocks=2, users=users, size_bytes=1000, pin_reason=pin_reason
+        )
+        for number in adapters
+    ]
+    return scheduler_pb2.WorkerStatus(free_blocks=free_blocks, resident=resident)
+
+
+def host_cache(*adapters: int) -> scheduler_pb2.HostCache:
+    """These made-up adapters, 1000 bytes each, in host memory."""
+    kept = [
+        scheduler_pb2.HostAdapter(digest=digest_of(number), size_bytes=1000) for number in adapters
+    ]
+    return scheduler_pb2.HostCache(adapters=kept)
+
+
 def work_item(
     request_id: str,
     *,
@@ -186,8 +207,10 @@ class WorkerPeer(Peer):
         pool_blocks: int = 4096,
         base_model_digest: str = BASE_MODEL,
         welcome: bool = True,
+        device: Iterable[int] = (),
+        host: Iterable[int] = (),
     ) -> "WorkerPeer":
-        """Open the stream, announcing (request, attempt, gateway) as running."""
+        """Open the stream, announcing (request, attempt, gateway) as running, and adapters."""
         hello = scheduler_pb2.WorkerHello(
             worker_id=self.peer_id,
             address=f"{self.peer_id}.test:7102",
@@ -199,7 +222,8 @@ class WorkerPeer(Peer):
                 max_requests=max_requests,
                 max_context_tokens=16384,
             ),
-            status=scheduler_pb2.WorkerStatus(free_blocks=pool_blocks),
+            status=device_status(*device, free_blocks=pool_blocks),
+            host_cache=host_cache(*host),
         )
         for request_id, number, gateway_id in running:
             hello.running.add(
@@ -223,6 +247,10 @@ class WorkerPeer(Peer):
     async def report(self, status: scheduler_pb2.WorkerStatus) -> None:
         """Send a status."""
         await self.write(scheduler_pb2.AttachRequest(status=status))
+
+    async def report_host(self, *adapters: int) -> None:
+        """Send what is in host memory."""
+        await self.write(scheduler_pb2.AttachRequest(host_cache=host_cache(*adapters)))
 
     async def started(self, request_id: str, attempt: int = 1) -> None:
         """Say that a request has begun."""

@@ -13,9 +13,10 @@ from calumma.adapter_store.v1 import adapter_store_pb2
 from calumma.common.v1 import common_pb2
 from calumma.scheduler.v1 import scheduler_pb2
 from calumma.worker.v1 import worker_pb2, worker_pb2_grpc
-from services.common.adapter_container import LoraRows, digest_of, encode
+from services.common.adapter_container import ContainerHeader, LoraRows, digest_of, encode
 from services.worker.config import WorkerSettings
 from services.worker.engine import (
+    AdapterIncompatibleError,
     Engine,
     EngineInfo,
     SampledToken,
@@ -110,11 +111,11 @@ class Blob:
         )
 
 
-def make_blob(number: int, *, rank: int = 4, width: int = 64) -> Blob:
+def make_blob(number: int, *, rank: int = 4, width: int = 64, layers: int = 2) -> Blob:
     """A well-formed blob; each number has its own digest."""
     rows = [
         LoraRows(layer, "q_proj", rank, 1.0, width, width, fill * rank, fill * rank)
-        for layer in range(2)
+        for layer in range(layers)
         for fill in [bytes([number % 256]) * (width * 2)]
     ]
     return Blob(encode(rows, dtype="BF16"), rank)
@@ -166,6 +167,7 @@ class SchedulerPeer:
     def __init__(self) -> None:
         self.hellos: list[scheduler_pb2.WorkerHello] = []
         self.statuses: list[scheduler_pb2.WorkerStatus] = []
+        self.host_caches: list[scheduler_pb2.HostCache] = []
         self.started: Counter[tuple[str, int]] = Counter()
         self.prefilled: Counter[tuple[str, int]] = Counter()
         self.finished: defaultdict[tuple[str, int], list[scheduler_pb2.RequestFinished]]
@@ -208,6 +210,8 @@ class SchedulerPeer:
                         self._context = context
                     case "status":
                         self.statuses.append(message.status)
+                    case "host_cache":
+                        self.host_caches.append(message.host_cache)
                     case "started":
                         self.started[_key(message.started.attempt)] += 1
                     case "prefilled":
@@ -245,6 +249,10 @@ class SchedulerPeer:
         hint = scheduler_pb2.PrefetchAdapters(adapters=adapters)
         await self._context.write(scheduler_pb2.AttachResponse(prefetch=hint))
 
+    async def drop(self, digest: str) -> None:
+        drop = scheduler_pb2.DropAdapter(digest=digest)
+        await self._context.write(scheduler_pb2.AttachResponse(drop=drop))
+
 
 class StorePeer:
     """Serves blobs, badly where told to."""
@@ -257,8 +265,10 @@ class StorePeer:
         self.metadata: list[dict[str, str]] = []
         self.breaks = 0  # so many streams end in the middle
         self.silences = 0  # so many streams stop without an end
+        self.pauses_at: dict[int, asyncio.Event] = {}  # before the part that has this byte
         self.gate = asyncio.Event()
         self.gate.set()
+        self._asked = asyncio.Event()
         self.address = "127.0.0.1:0"
         self._server: grpc.aio.Server | None = None
 
@@ -285,10 +295,16 @@ class StorePeer:
             await self._server.stop(None)
             self._server = None
 
+    async def asked(self) -> None:
+        """Wait for the first Download."""
+        async with asyncio.timeout(WAIT_S):
+            await self._asked.wait()
+
     async def _download(
         self, request: adapter_store_pb2.DownloadRequest, context: Any
     ) -> AsyncIterator[adapter_store_pb2.DownloadResponse]:
         self.offsets.append(request.offset)
+        self._asked.set()
         self.metadata.append(dict(context.invocation_metadata()))
         await self.gate.wait()
         data = self.blobs.get(request.digest)
@@ -302,6 +318,9 @@ class StorePeer:
             if offset > request.offset and self.silences > 0:
                 self.silences -= 1
                 await asyncio.sleep(60)
+            for position, event in self.pauses_at.items():
+                if offset <= position < offset + self.CHUNK_BYTES:
+                    await event.wait()
             yield adapter_store_pb2.DownloadResponse(
                 offset=offset, data=data[offset : offset + self.CHUNK_BYTES], total_bytes=len(data)
             )
@@ -405,16 +424,27 @@ class FaultyEngine:
         self.open: set[str] = set()
         self.closed: list[str] = []
         self.incompatible = False
+        self.adapters: dict[str, int] = {}  # layers of each that is there
+        self.parts: list[StepItem] = []  # that passed some of the layers
+        self.most_layers: Counter[str] = Counter()  # that were ever there
 
     @property
     def info(self) -> EngineInfo:
         return self._engine.info
 
-    def add_adapter(self, digest: str, blob: bytes | bytearray | memoryview) -> None:
-        self._engine.add_adapter(digest, blob)
+    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
+        if self.incompatible:
+            raise AdapterIncompatibleError("layer 0 q_proj is not in the base model")
+        self._engine.begin_adapter(digest, header, payload)
+        self.adapters[digest] = 0
+
+    def extend_adapter(self, digest: str, layers: int) -> None:
+        self._engine.extend_adapter(digest, layers)
+        self.adapters[digest] = self.most_layers[digest] = layers
 
     def remove_adapter(self, digest: str) -> None:
         self._engine.remove_adapter(digest)
+        del self.adapters[digest]
 
     def open_sequence(self, spec: SequenceSpec) -> None:
         self._engine.open_sequence(spec)
@@ -429,6 +459,7 @@ class FaultyEngine:
         if self.raises > 0:
             self.raises -= 1
             raise ArithmeticError("on purpose")
+        self.parts += [item for item in items if item.until_layer is not None]
         results = self._engine.step(items)
         return [
             SequenceFailure(result.sequence_id, "not finite")
@@ -448,6 +479,12 @@ class Bench:
     engine: FaultyEngine
     gateways: list[GatewayPeer]
     failures: list[str]
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until something is true of the worker."""
+        async with asyncio.timeout(WAIT_S):
+            while not holds():
+                await asyncio.sleep(0.002)
 
     async def gateway(self, gateway_id: str = "gateway-1", *, opens: bool = True) -> GatewayPeer:
         peer = GatewayPeer(self.worker.address, gateway_id)
@@ -487,6 +524,7 @@ async def bench(
         if not worker.has_failed:
             assert await worker.driver.wait_idle(WAIT_S), "requests are left"
             worker.core.check_integrity()
+            worker.residency.check_integrity()
     finally:
         for gateway in it.gateways:
             await gateway.close()

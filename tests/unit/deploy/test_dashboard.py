@@ -15,7 +15,7 @@ from services.common import interceptors, telemetry
 from services.core.snapshots import ReplicaSnapshot
 from services.gateway.observation import Instruments
 from services.scheduler.metrics import SchedulerMetrics
-from services.worker.measures import Measures
+from services.worker.measures import LoadStages, Measures
 from services.worker.outputs import Tier
 
 GRAFANA = Path(__file__).parents[3] / "deploy" / "grafana"
@@ -35,7 +35,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[str]]]:
     measures, scheduler = Measures(), SchedulerMetrics()
     gateway, interceptor = Instruments("model"), interceptors.ServerInterceptor()
     measures.record_step(0.1, tokens=1)
-    measures.record_load(0.1, Tier.STORE)
+    measures.record_load(LoadStages(0.1, 0.2, 0.3), Tier.STORE, 1)
     measures.show(ReplicaSnapshot(1, 1, 1, 0, 0, 0, ()))
     scheduler.observe({"0": 1}, workers=1)
     scheduler.queue_duration.record(0.1)
