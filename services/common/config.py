@@ -62,3 +62,19 @@ def load_settings(cls: type[Settings], argv: Sequence[str] | None = None) -> Set
     except SettingsError as error:
         print(str(error), file=sys.stderr)  # noqa: T201
     sys.exit(2)
+
+
+def split_options(text: str) -> dict[str, str]:
+    """The options of a setting that takes several: `a=1,b=2,3` is two. Raises ValueError."""
+    options: dict[str, str] = {}
+    name = ""
+    for part in text.split(","):
+        key, separator, value = part.partition("=")
+        if separator:
+            name = key.strip()
+            options[name] = value.strip()
+        elif name:  # the next item of a sequence
+            options[name] += f",{part.strip()}"
+        else:
+            raise ValueError(f"{part!r} must be key=value")
+    return options

@@ -46,6 +46,7 @@ class CachedAdapter:
     began_s: float = 0.0  # when its load began
     is_prefetched: bool = False  # loaded for a hint or a forecast, and not used yet
     slot: int = -1  # in the cache's table, once its load has begun
+    score: float | None = None  # when it was last named as a victim, since its last use
 
 
 _FEW: Final = 16  # victims are ranked so many at a time, because few are asked for
@@ -202,6 +203,8 @@ class AdapterCache:
         entry = self._entries.pop(digest)
         assert entry.users == 0
         self._evictions += not is_load
+        if entry.score is not None:
+            self._policy.note_evicted(entry.score)
         self._prefetch_wastes += entry.is_prefetched
         if digest in self._idle:
             self._leave_idle(entry)
@@ -236,6 +239,7 @@ class AdapterCache:
             if entry.is_loaded:
                 self._leave_idle(entry)
         entry.users += 1
+        entry.score = None
         entry.is_ahead = entry.is_prefetched = False
         entry.last_used_s = now
         self._table.use(entry.slot, clock=self._policy.clock, now=now)
@@ -263,7 +267,7 @@ class AdapterCache:
             assert digest is not None
             urgency = wanted(digest)
             if urgency is None:
-                self._policy.note_evicted(float(scores[index]))
+                self._entries[digest].score = float(scores[index])
                 yield digest
             elif urgency > spare:
                 late.append((urgency, -place, digest))

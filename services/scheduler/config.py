@@ -8,13 +8,12 @@ from typing import Annotated, Final, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from services.common.config import ServiceSettings
+from services.common.config import ServiceSettings, split_options
 from services.core.config import ClusterConfig
 from services.core.policies import POLICY_NAMES
 from services.core.systems import SYSTEMS
 from services.core.types import Reserve
 from services.scheduler.journal import CoreRecipe
-from services.scheduler.options import split_options
 from services.scheduler.tenants import load_tenants
 
 

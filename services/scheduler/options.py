@@ -1,4 +1,4 @@
-"""A policy's own options, as they are given: `key=value` texts that become its config dataclass."""
+"""A policy's own options: texts that become its config dataclass."""
 
 import dataclasses
 import json
@@ -6,22 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
-
-
-def split_options(text: str) -> dict[str, str]:
-    """`a=1,b=2,3` as two options. Raises ValueError."""
-    options: dict[str, str] = {}
-    name = ""
-    for part in text.split(","):
-        key, separator, value = part.partition("=")
-        if separator:
-            name = key.strip()
-            options[name] = value.strip()
-        elif name:  # the next item of a sequence
-            options[name] += f",{part.strip()}"
-        else:
-            raise ValueError(f"{part!r} must be key=value")
-    return options
 
 
 def read_options(make: Callable[[], Any], given: Mapping[str, str]) -> Any:

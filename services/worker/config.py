@@ -2,21 +2,23 @@
 
 import os
 import socket
+import time
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 from uuid import uuid4
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from services.common.base_model import DEFAULT_MODEL
-from services.common.config import ServiceSettings
+from services.common.config import ServiceSettings, split_options
 from services.core.config import ReplicaConfig
-from services.core.eviction import build_eviction
+from services.core.eviction import EVICTION_NAMES, build_eviction
 from services.core.systems import SYSTEMS
 from services.core.types import Reserve
 
+DAY_S: Final = 86_400.0
 _ADDRESS = r"^.+:\d{1,5}$"
 _WILDCARDS = {"0.0.0.0", "[::]", "*"}
 
@@ -102,7 +104,31 @@ class WorkerSettings(ServiceSettings):
     keeps_idle_adapters: bool | None = Field(
         default=None, description="keep adapters in memory after their last user"
     )
-    eviction: str | None = Field(default=None, description="of idle adapters: lru or chameleon")
+    eviction: str | None = Field(
+        default=None, description="of idle adapters: " + ", ".join(EVICTION_NAMES)
+    )
+    eviction_option: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict, description="key=value of the eviction's own options; repeatable"
+    )
+    pin_share: float | None = Field(
+        default=None, ge=0, le=1, description="of the memory pool, that pinned adapters may take"
+    )
+    cool_down_s: float | None = Field(
+        default=None,
+        ge=0,
+        le=3600,
+        description="before an adapter that gave way to a context is loaded ahead again",
+    )
+    forecast_s: float | None = Field(
+        default=None,
+        ge=0,
+        le=3600,
+        description="how far ahead of any request adapters are loaded that are likely to be asked "
+        "for; 0: not at all",
+    )
+    forecast_chance: float | None = Field(
+        default=None, gt=0, le=1, description="of such a request, for its adapter to be loaded"
+    )
     host_cache_bytes: int = Field(
         default=2**30,
         ge=0,
@@ -138,12 +164,15 @@ class WorkerSettings(ServiceSettings):
             raise ValueError(f"no {name!r}; the systems are: {', '.join(SYSTEMS)}")
         return name
 
-    @field_validator("eviction")
+    @field_validator("eviction_option", mode="before")
     @classmethod
-    def _check_eviction(cls, name: str | None) -> str | None:
-        if name is not None:
-            build_eviction(name)
-        return name
+    def _split_options(cls, given: object) -> object:
+        return split_options(given) if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _check_eviction(self) -> Self:
+        build_eviction(self.eviction or SYSTEMS[self.system].replica.eviction, self.eviction_option)
+        return self
 
     @model_validator(mode="after")
     def _check_replica(self) -> Self:
@@ -158,6 +187,9 @@ class WorkerSettings(ServiceSettings):
         given = {name: getattr(self, name) for name in _REPLICA_FIELDS}
         return replace(
             SYSTEMS[self.system].replica,
+            eviction_options=tuple(self.eviction_option.items()),
+            # The core's clock is the monotonic one; a day begins at midnight UTC.
+            day_offset_s=(time.time() - time.monotonic()) % DAY_S if self.forecast_s else None,
             max_loads=self.adapter_loads,
             max_hint_loads=(self.adapter_loads + 1) // 2,
             **{name: value for name, value in given.items() if value is not None},

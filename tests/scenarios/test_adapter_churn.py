@@ -37,7 +37,7 @@ def figures(name: str, pattern: str, eviction: str, rate_rps: float) -> dict[str
     return result.summary()
 
 
-@pytest.mark.parametrize("eviction", ["lru", "chameleon"])
+@pytest.mark.parametrize("eviction", ["lru", "chameleon", "cost"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", SERVED)
 def test_favourites_stay_and_no_request_costs_more_than_a_load(

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from services.common.config import split_options
 from services.core.bounds import require_positive
 from services.core.policies import POLICIES
-from services.scheduler.options import read_options, split_options
+from services.scheduler.options import read_options
 
 
 @dataclass(frozen=True, slots=True)
