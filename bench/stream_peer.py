@@ -14,6 +14,7 @@ import grpc
 import uvloop
 
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
+from services.common.memory import keep_freed_memory
 
 CHUNK_BYTES: Final = 2**20
 
@@ -48,4 +49,5 @@ async def _serve(size_bytes: int) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     uvloop.run(_serve(int(sys.argv[1])))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from services.adapter_store.arrivals import Arrival
-from services.adapter_store.disk_cache import DiskCache
+from services.adapter_store.disk_cache import DiskCache, OpenFile
 from services.adapter_store.fills import Fills, cache_unusable, corrupt, in_thread
 from services.adapter_store.references import check_digest
 from services.adapter_store.storage import Storage
@@ -58,6 +58,7 @@ class Blobs:
             storage, cache, self._threads, blob_bytes_max=blob_bytes_max, bad_ttl_s=bad_ttl_s
         )
         self._readers = 0
+        self._buffer = memoryview(bytearray(CHUNK_BYTES))  # one is enough: between reads it is free
 
     async def put(self, digest: str, blob: bytes) -> None:
         """Store a blob. One that is there is written again: it becomes young, and whole."""
@@ -137,13 +138,21 @@ class Blobs:
                 continue
             assert arrival.file is not None
             try:
-                data = await in_thread(self._threads, arrival.file.read, offset, length)
+                data = await self._bytes_of(arrival.file, offset, length)
             except OSError as error:
                 raise cache_unusable() from error
             if not data:  # somebody has cut the file
                 raise corrupt(digest)
             yield Chunk(offset, data, total_bytes)
             offset += len(data)
+
+    async def _bytes_of(self, file: OpenFile, offset: int, length: int) -> bytes:
+        """What the kernel has in memory is copied here: a thread would cost more than the copy."""
+        at_once = self._buffer[:length]
+        read_bytes = file.read_at_once(at_once, offset)
+        if read_bytes:
+            return bytes(at_once[:read_bytes])
+        return await in_thread(self._threads, file.read, offset, length)
 
 
 def blob_path(digest: str) -> str:

@@ -30,6 +30,7 @@ _DIGEST_DIGITS: Final = 64
 # O_NONBLOCK: a planted FIFO must not hold up a thread. It means nothing for files.
 _READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _NEW_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NOT_AT_ONCE: Final = frozenset({errno.EAGAIN, errno.EOPNOTSUPP})
 Identity = tuple[int, int, int, int, int]
 _log = structlog.get_logger("cache")
 
@@ -61,6 +62,19 @@ class OpenFile:
         """Bytes at an offset, fewer at the end. Raises OSError."""
         with self.used() as fd:
             return os.pread(fd, length, offset)
+
+    def read_at_once(self, buffer: memoryview, offset: int) -> int:
+        """Bytes that could be read into a buffer without waiting for the disk. Raises OSError.
+
+        0: none, or the file system does not tell. The end of the file looks the same.
+        """
+        with self.used() as fd:
+            try:
+                return os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno in _NOT_AT_ONCE:
+                    return 0
+                raise
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of it at an offset. Raises OSError."""

@@ -18,7 +18,8 @@ from typing import Final, TypeVar, TypeVarTuple
 import structlog
 
 from services.adapter_store.arrivals import Arrival, Pulse
-from services.adapter_store.disk_cache import CachedBlob, DiskCache, OpenFile, Partial
+from services.adapter_store.disk_cache import CachedBlob, DiskCache, Partial
+from services.adapter_store.intake import Intake
 from services.adapter_store.negative_cache import NegativeCache
 from services.adapter_store.ranges import ReadAhead, read_object
 from services.adapter_store.storage import ObjectChangedError, ObjectInfo, Storage
@@ -182,6 +183,8 @@ class Fills:
             self._cache.abandon(partial)
             raise
         await in_thread(self._threads, self._cache.admit, _key(digest), partial)
+        # The last layer is handed on now, so that who has all of a blob finds it on disk.
+        arrival.advance(info.size_bytes, total_bytes=info.size_bytes)
 
     async def _reserved(self, size_bytes: int) -> None:
         """Wait until the blob fits beside those that are being filled."""
@@ -194,38 +197,20 @@ class Fills:
     async def _copy(
         self, digest: str, info: ObjectInfo, arrival: Arrival, partial: Partial
     ) -> None:
-        verifier = BlobVerifier(digest)
-        offset = 0
+        intake = Intake(digest, partial.file, size_bytes=info.size_bytes)
         async with aclosing(read_object(self._storage, info, self._read_ahead)) as parts:
             async for chunks in parts:
-                await asyncio.gather(
-                    in_thread(self._threads, _check, verifier, chunks),
-                    in_thread(self._threads, _write, partial.file, chunks, offset),
-                )
-                if verifier.header is not None and verifier.header.total_bytes != info.size_bytes:
-                    raise ContainerError(
-                        f"{info.size_bytes} bytes instead of {verifier.header.total_bytes}"
-                    )
-                offset += sum(map(len, chunks))
-                _advance(arrival, verifier)
-        if not verifier.is_complete:
-            raise ContainerError(f"the object ends after {offset} bytes")
+                intake.hold(chunks)
+                if intake.is_worth_a_step():
+                    await in_thread(self._threads, intake.take)
+                    if intake.verified_bytes < info.size_bytes:
+                        arrival.advance(intake.verified_bytes, total_bytes=intake.total_bytes)
+        intake.check_complete()
 
 
 async def in_thread(threads: Executor, function: Callable[[*_Ts], _T], *arguments: *_Ts) -> _T:
     """Run what blocks where it may."""
     return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
-
-
-def _check(verifier: BlobVerifier, chunks: list[memoryview]) -> None:
-    for chunk in chunks:
-        verifier.feed(chunk)
-
-
-def _write(file: OpenFile, chunks: list[memoryview], offset: int) -> None:
-    for chunk in chunks:
-        file.write(chunk, offset)
-        offset += len(chunk)
 
 
 def _advance(arrival: Arrival, verifier: BlobVerifier) -> None:

@@ -24,6 +24,7 @@ from services.common.clients import Backoff
 from services.common.errors import RpcError
 
 RANGE_BYTES: Final = 8 * 2**20
+FIRST_RANGE_BYTES: Final = 4 * 2**20
 FRUITLESS_TRIES_MAX: Final = 4  # of one range, in a row
 
 
@@ -52,12 +53,12 @@ async def read_object(
 
     Raises FileNotFoundError, ObjectChangedError, and OBJECT_STORAGE_UNAVAILABLE when it gives up.
     """
-    starts = deque(range(0, info.size_bytes, RANGE_BYTES))
+    wanted = _ranges(info.size_bytes, is_alone=storage.ranges_max == 1)
     held: deque[_Range] = deque()  # all but the first were taken from `read_ahead`
     try:
-        while starts or held:
-            while starts and len(held) < storage.ranges_max and (not held or read_ahead.take()):
-                held.append(_Range(storage, info, starts.popleft()))
+        while wanted or held:
+            while wanted and len(held) < storage.ranges_max and (not held or read_ahead.take()):
+                held.append(_Range(storage, info, *wanted.popleft()))
             async for chunks in held[0].chunks():
                 yield chunks
             held.popleft()
@@ -69,11 +70,25 @@ async def read_object(
         await asyncio.gather(*(each.close() for each in held))
 
 
+def _ranges(size_bytes: int, *, is_alone: bool) -> deque[tuple[int, int]]:
+    """Start and end of each range. The first ones are smaller when several are read at a time.
+
+    They share the line, so the first one's bytes, which are handed on first, come at a fraction of
+    its rate until it ends.
+    """
+    ranges: deque[tuple[int, int]] = deque()
+    start = 0
+    while start < size_bytes:
+        length = RANGE_BYTES if is_alone else min(RANGE_BYTES, max(FIRST_RANGE_BYTES, start))
+        ranges.append((start, min(start + length, size_bytes)))
+        start += length
+    return ranges
+
+
 class _Range:
     """A range that is read into memory while it is waited for."""
 
-    def __init__(self, storage: Storage, info: ObjectInfo, start: int) -> None:
-        stop = min(start + RANGE_BYTES, info.size_bytes)
+    def __init__(self, storage: Storage, info: ObjectInfo, start: int, stop: int) -> None:
         self._chunks: list[memoryview] = []  # read and not yet taken
         self._error: Exception | None = None
         self._is_complete = False
@@ -125,6 +140,8 @@ async def _resumed(
                 async for chunk in chunks:
                     start += len(chunk)
                     yield chunk
+            if start >= stop:
+                return
             failure = unavailable("the range ended before its end")
         except (ObjectChangedError, StorageRefusedError):
             raise

@@ -42,7 +42,9 @@ RETRY_AFTER_S: Final = 1.0
 REFUSED_RETRY_AFTER_S: Final = 10.0
 REMOTE_RANGES: Final = 4  # of one object at a time; one connection rarely fills the line
 TRIES_MAX: Final = 4
-_STREAM_CHUNK_BYTES: Final = 2**18  # what a read that breaks may lose
+_FIRST_CHUNK_BYTES: Final = 2**18  # at the beginning of an object, whose readers wait for it
+_BEGINNING_BYTES: Final = 4 * 2**20
+_STREAM_CHUNK_BYTES: Final = 2**20  # further on, where fewer cost less; a read that breaks loses it
 _FOLDER_CHUNK_BYTES: Final = 4 * 2**20  # obstore reads a file whole 20x faster than as a stream
 _LIST_PAGE: Final = 1000  # between two pages other tasks may run
 _PART_BYTES: Final = 8 * 2**20  # of a multipart upload; S3 wants 5 MiB at least
@@ -73,7 +75,10 @@ class StorageRefusedError(RpcError):
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """`call_s`: one small call. `read_s`: silence while streaming, up to the next 256 KiB."""
+    """`call_s`: one small call. `read_s`: silence while streaming, up to the next chunk.
+
+    A chunk has 256 KiB at the beginning of an object, and 1 MiB further on.
+    """
 
     call_s: float = 10.0
     read_s: float = 30.0
@@ -197,7 +202,8 @@ class ObjectStorage:
         if whole is not None:
             yield memoryview(whole)
             return
-        chunks = aiter(result.stream(min_chunk_size=_STREAM_CHUNK_BYTES))
+        chunk_bytes = _FIRST_CHUNK_BYTES if start < _BEGINNING_BYTES else _STREAM_CHUNK_BYTES
+        chunks = aiter(result.stream(min_chunk_size=chunk_bytes))
         while True:
             async with _deadline(self._timeouts.read_s):
                 chunk = await anext(chunks, None)

@@ -270,6 +270,12 @@ async def test_a_fill_that_everybody_has_left_still_ends(
     assert storage.ranges == 1
 
 
+async def test_who_has_read_all_of_a_blob_finds_it_on_disk(blobs: Blobs, tmp_path: Path) -> None:
+    await blobs.put(DIGEST, BLOB)
+    await _read(blobs, DIGEST)
+    assert (tmp_path / "cache" / hex_of(BLOB)).read_bytes() == BLOB
+
+
 async def test_all_readers_of_a_fill_that_fails_get_its_error(
     blobs: Blobs, storage: BreakingStorage
 ) -> None:

@@ -146,6 +146,33 @@ def test_a_folder_that_was_deleted_is_made_again(folder: Path) -> None:
     assert _content(cache, KEY) == BLOB
 
 
+def test_what_the_kernel_has_in_memory_is_read_at_once(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    file = OpenFile(fd)
+    file.write(memoryview(BLOB), 0)
+    buffer = memoryview(bytearray(1000))
+    assert file.read_at_once(buffer, 5) == 1000
+    assert buffer == BLOB[5:1005]
+    assert file.read_at_once(buffer, len(BLOB)) == 0
+    file.close()
+    with pytest.raises(OSError, match="closed"):
+        file.read_at_once(buffer, 0)
+
+
+def test_what_only_the_disk_has_is_not_read_at_once(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    file = OpenFile(fd)
+    file.write(memoryview(BLOB), 0)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    buffer = memoryview(bytearray(1000))
+    if file.read_at_once(buffer, 0):
+        pytest.skip("this file system keeps everything in memory")
+    assert file.read(0, 1000) == BLOB[:1000]
+    assert file.read_at_once(buffer, 0) == 1000
+    assert buffer == BLOB[:1000]
+
+
 def test_a_file_is_closed_when_its_last_user_is_done(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
     file = OpenFile(fd)

@@ -99,16 +99,18 @@ async def test_names_of_objects_are_as_written(storage: ObjectStorage) -> None:
 
 
 class RangedStorage(ObjectStorage):
-    """Counts ranges that are read at a time, and can fail or be slow at one."""
+    """Keeps which ranges are asked for, counts those that are read at a time, can fail at one."""
 
     ranges_max = 4
     running = 0
     most = 0
     fail_at: int | None = None
+    asked: list[tuple[int, int]]
 
     async def read_range(
         self, info: ObjectInfo, *, start: int, stop: int
     ) -> AsyncGenerator[memoryview]:
+        self.asked.append((start, stop))
         self.running += 1
         self.most = max(self.most, self.running)
         try:
@@ -125,7 +127,7 @@ class RangedStorage(ObjectStorage):
 def ranged(storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch) -> RangedStorage:
     monkeypatch.setattr(ranges, "RANGE_BYTES", 1000)
     ranged = RangedStorage(storage._store, Timeouts())
-    ranged.ranges_max = 4
+    ranged.ranges_max, ranged.asked = 4, []
     return ranged
 
 
@@ -139,6 +141,23 @@ async def test_ranges_are_read_ahead_and_come_in_order(ranged: RangedStorage) ->
     assert read_ahead.take()
     assert read_ahead.take()  # all were given back
     assert not read_ahead.take()
+
+
+async def test_the_first_ranges_are_smaller_when_several_are_read_at_a_time(
+    ranged: RangedStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "FIRST_RANGE_BYTES", 300)
+    await ranged.put("x", DATA[:4000])
+    info = await _info(ranged, "x")
+    for ranges_max, asked in (
+        (4, [(0, 300), (300, 600), (600, 1200), (1200, 2200), (2200, 3200), (3200, 4000)]),
+        (1, [(0, 1000), (1000, 2000), (2000, 3000), (3000, 4000)]),
+    ):
+        ranged.ranges_max, ranged.asked = ranges_max, []
+        got = bytearray()
+        await _collect(read_object(ranged, info, ReadAhead(3)), got)
+        assert got == DATA[:4000]
+        assert ranged.asked == asked
 
 
 async def test_a_failing_range_ends_the_object_and_gives_back_what_it_took(
