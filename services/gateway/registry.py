@@ -8,6 +8,7 @@ moment, so that made-up names cost little.
 
 import asyncio
 import time
+from collections import OrderedDict
 from typing import Final
 
 import grpc
@@ -24,6 +25,7 @@ from services.gateway.types import AdapterName, AdapterRef
 
 _QUESTIONS_MAX: Final = 32  # questions to the store at one time
 _RETRY_AFTER_S: Final = 1.0
+_GONE_MAX: Final = 10_000  # names that were deleted, the last ones
 _NOT_FOUND: Final = (
     Reason.ADAPTER_NOT_FOUND,
     Reason.ADAPTER_VERSION_NOT_FOUND,
@@ -41,6 +43,7 @@ class Registry:
         self._changed = changed
         self._catalogue = Catalogue()
         self._absences = Absences()
+        self._gone: OrderedDict[str, None] = OrderedDict()  # deleted, and not published since
         self._resume_token = ""
         self._questions = asyncio.Semaphore(_QUESTIONS_MAX)
         self._channel = open_channel(target)
@@ -84,15 +87,16 @@ class Registry:
                 match change.WhichOneof("event"):
                     case "updated":
                         unseen.discard(change.updated.name)
+                        self._gone.pop(change.updated.name, None)
                         # A store that is wiped begins again at revision 1, in a whole snapshot.
                         self._update(change.updated, may_go_back=not is_synced)
                     case "deleted":
-                        self._catalogue.remove(change.deleted)
+                        self._remove(change.deleted)
                     case "synced":
                         is_synced = True
                         gone = () if change.synced.resumed else unseen
                         for name in gone:
-                            self._catalogue.remove(name)
+                            self._remove(name)
                         unseen = set()
                         backoff.reset()
                         self._set_synced(resumed=change.synced.resumed)
@@ -116,6 +120,17 @@ class Registry:
                 return
         self._catalogue.put(adapter.name, wire.pack_adapter(adapter))
 
+    def _remove(self, name: str) -> None:
+        """An adapter is gone: only the watch can say that there is one again.
+
+        A replica that is behind may still answer that it is there.
+        """
+        self._catalogue.remove(name)
+        self._gone[name] = None
+        self._gone.move_to_end(name)
+        if len(self._gone) > _GONE_MAX:
+            self._gone.popitem(last=False)
+
     async def _ask(self, name: AdapterName, *, tenant: str, request_id: str) -> AdapterRef:
         """Ask the store about a name that the mirror does not have. Raises RpcError."""
         request = adapter_store_pb2.GetRequest(adapter=str(name), tenant=tenant)
@@ -133,7 +148,8 @@ class Registry:
             if refusal.reason in _NOT_FOUND:
                 self._absences.add(tenant, name, now=time.monotonic())
             raise missing(refusal.reason, name, refusal.message) from error
-        self._update(answer.adapter, may_go_back=False)
+        if name.name not in self._gone:
+            self._update(answer.adapter, may_go_back=False)
         entry = wire.unpack_adapter(name.name, wire.pack_adapter(answer.adapter))
         return choose(entry, name, request_id=request_id)
 

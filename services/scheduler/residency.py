@@ -100,6 +100,11 @@ class Residency:
         """True from its hello until it has left for good."""
         return worker_id in self._holders
 
+    @property
+    def workers(self) -> set[str]:
+        """All known ones; a copy."""
+        return set(self._holders)
+
     def attach(self, hello: scheduler_pb2.WorkerHello) -> None:
         """A worker has come, for the first time or again."""
         holder = self._holders.get(hello.worker_id)

@@ -1,6 +1,8 @@
 """Takes an adapter out of the workers' memory, and believes it when their reports say so.
 
 Every worker that holds the adapter is told once to drop it; it does when no request there uses it.
+The others are told, too, because it may be on its way to one, which no report says: there it goes
+when it has come and nobody uses it. Nobody waits for these.
 A worker whose report lacks it afterwards is done, even if somebody asks for the adapter again and
 it is loaded again. A worker that comes, or comes back, with the adapter meanwhile is told, too. A
 worker that leaves for good has confirmed nothing, and is in neither list of the answer.
@@ -63,6 +65,8 @@ class Unloading:
         told: dict[str, int] = {}  # by worker: its hellos when it was told
         freed_bytes: dict[str, int] = {}  # by worker that has confirmed
         most_bytes: dict[str, int] = {}
+        for worker_id in self._residency.workers - self._residency.holders(digest).keys():
+            self._send(worker_id, digest)
         while True:
             holders = self._residency.holders(digest)
             for worker_id in told.keys() - holders.keys() - freed_bytes.keys():
@@ -89,5 +93,9 @@ class Unloading:
         hellos = self._residency.hellos(worker_id)
         if worker_id in self._links and told.get(worker_id) != hellos:
             told[worker_id] = hellos
+            self._send(worker_id, digest)
+
+    def _send(self, worker_id: str, digest: str) -> None:
+        if worker_id in self._links:
             drop = scheduler_pb2.DropAdapter(digest=digest)
             self._links.send(worker_id, AttachResponse(drop=drop))

@@ -90,9 +90,13 @@ class HostArena:
         return slab
 
     def take_outside(self, size_bytes: int) -> Slab:
-        """A slab with memory of its own."""
+        """A slab with memory of its own. Raises MemoryError."""
+        try:
+            view = _mapping(size_bytes)
+        except ValueError as error:
+            raise MemoryError(str(error)) from error
         self.outside_bytes += size_bytes
-        return Slab(_mapping(size_bytes), is_inside=False, on_free=self._forget)
+        return Slab(view, is_inside=False, on_free=self._forget)
 
     def could_take(self, size_bytes: int, *, without: Iterable[Slab]) -> bool:
         """Whether there would be a range for a slab if these slabs were given back."""

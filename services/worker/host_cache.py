@@ -47,7 +47,7 @@ class HostCache:
         return slab
 
     def allocate(self, size_bytes: int) -> Slab:
-        """Memory for a blob to come. The caller holds it and releases it."""
+        """Memory for a blob to come. The caller holds it and releases it. Raises MemoryError."""
         slab = self.arena.take(size_bytes)
         if slab is None and self.arena.could_take(size_bytes, without=self._idle()):
             while slab is None:

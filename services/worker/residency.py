@@ -14,7 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Final
 
 import structlog
 from opentelemetry import context as otel_context
@@ -30,7 +31,9 @@ from services.worker.host_cache import HostCache
 from services.worker.intake import ArrivingBytes, Intake, begin, parts
 from services.worker.measures import LoadStages, Measures
 from services.worker.outputs import Tier
+from services.worker.paging import bring_pages
 
+NO_MEMORY_RETRY_S: Final = 1.0  # other adapters leave as their requests end
 _log = structlog.get_logger("residency")
 # Fills memory with an adapter's blob and tells how many bytes are there.
 Fetch = Callable[[Adapter, memoryview, Callable[[int], None]], Awaitable[None]]
@@ -71,6 +74,7 @@ class _Resident:
 class _Leaving:
     slab: Slab | None
     gone: asyncio.Event
+    waits: bool = False  # what came of a load that failed: until the core knows of that
 
 
 class Residency:
@@ -142,7 +146,12 @@ class Residency:
         assert digest not in self._loads
         assert digest not in self._device
         tier = self.tier(digest)
-        slab = self._host_cache.get(digest) or self._host_cache.allocate(adapter.size_bytes)
+        try:
+            slab = self._host_cache.get(digest) or self._host_cache.allocate(adapter.size_bytes)
+        except MemoryError as error:
+            failure = _as_rpc_error(error, adapter)
+            asyncio.get_running_loop().call_soon(on_ended, digest, failure)
+            return
         load = self._loads[digest] = _Load(adapter, tier, slab, time.monotonic())
 
         async def run() -> None:
@@ -168,7 +177,9 @@ class Residency:
 
         Before that it may still let a request use the layers that came.
         """
-        if digest in self._leaving:
+        leaving = self._leaving.get(digest)
+        if leaving is not None and leaving.waits:
+            self._leaving[digest] = replace(leaving, waits=False)
             self._remove(digest)
 
     def drop_host(self, digest: AdapterDigest) -> bool:
@@ -213,7 +224,7 @@ class Residency:
                 self._host_cache.put(load.adapter, load.slab)
         except Exception as error:  # noqa: BLE001 - every load ends in one event
             if load.in_engine:
-                self._leaving[digest] = _Leaving(load.slab, asyncio.Event())
+                self._leaving[digest] = _Leaving(load.slab, asyncio.Event(), waits=True)
             else:
                 load.slab.release()
             return _as_rpc_error(error, load.adapter)
@@ -244,6 +255,8 @@ class Residency:
             first_s = first_s or time.monotonic()
             arriving.note(received_bytes)
 
+        # Nobody waits for that: it is over before the store answers, or helps with the rest.
+        self._executor.submit(bring_pages, view)
         try:
             await self._fetch(load.adapter, view, on_received)
             received_s = time.monotonic()
@@ -315,6 +328,15 @@ def _as_rpc_error(error: Exception, adapter: Adapter) -> RpcError:
         case RpcError():
             _log.warning("adapter_load_failed", digest=adapter.digest, reason=error.reason)
             return error
+        case MemoryError():
+            _log.error("no_memory_for_adapter", digest=adapter.digest, error=str(error))
+            return RpcError(
+                Reason.TOO_MANY_REQUESTS,
+                "the worker has no memory for the adapter at the moment",
+                stage="adapter_load",
+                resource=("adapter", adapter.digest),
+                retry_after_s=NO_MEMORY_RETRY_S,
+            )
         case AdapterIncompatibleError():
             reason = Reason.ADAPTER_BASE_MISMATCH
         case ContainerError():

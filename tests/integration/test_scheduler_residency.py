@@ -184,7 +184,8 @@ async def test_an_unload_waits_until_every_holder_reports_without_the_adapter(
     assert list(answer.unloaded_workers) == ["w1", "w2"]
     assert list(answer.holding_workers) == []
     assert answer.freed_bytes == 3000
-    assert third.waiting("drop") == 0
+    # It may be on its way to one that does not hold it yet.
+    assert (await third.take("drop")).digest == digest_of(1)
 
 
 async def test_an_unload_ends_with_its_grace_and_names_who_still_holds(world: World) -> None:

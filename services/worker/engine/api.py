@@ -149,7 +149,7 @@ class Engine(Protocol):
 
         At most four times per adapter, with more layers each time, the last time with all. When it
         returns the rows are in device memory, and steps may use them. Raises
-        AdapterIncompatibleError; then the caller removes the adapter.
+        AdapterIncompatibleError and MemoryError; then the caller removes the adapter.
         """
         ...
 

@@ -55,7 +55,8 @@ class AdapterWeights:
     def extend(self, layers: int) -> None:
         """Take the rows of the layers below; the head's, too, if these are all.
 
-        Raises AdapterIncompatibleError for values that the engine's dtype cannot hold.
+        Raises AdapterIncompatibleError for values that the engine's dtype cannot hold, and
+        MemoryError where the device has no memory for them.
         """
         assert self.ready_layers < layers <= len(self.layers)
         is_last = layers == len(self.layers)
@@ -74,7 +75,10 @@ class AdapterWeights:
         start = entries[0].offset // itemsize
         end = entries[-1].offset // itemsize + _numel(entries[-1])
         bring = self._transfer or _converted
-        rows = bring(self._payload[start:end], self._dtype)
+        try:
+            rows = bring(self._payload[start:end], self._dtype)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
         first = rows.storage_offset() - start
         for entry in entries:
             at = first + entry.offset // itemsize

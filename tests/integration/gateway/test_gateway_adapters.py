@@ -67,6 +67,22 @@ async def test_what_was_just_published_works_at_once(suite: Suite) -> None:
     assert suite.store.questions == ["poet@1"]
 
 
+async def test_a_replica_that_is_behind_does_not_bring_a_deleted_adapter_back(
+    suite: Suite,
+) -> None:
+    suite.store.publish("poet")
+    await suite.start()
+    before = suite.store.adapters["poet"]
+    suite.store.delete("poet")
+    await until(lambda: len(suite.gateway._registry) == 0)
+    suite.store.adapters["poet"] = before  # as a replica has it that has not heard
+    suite.stream("go", adapter="poet")
+    assert (await suite.scheduler.next_item()).adapter.name == "poet"
+    del suite.store.adapters["poet"]
+    code, info, _ = await suite.stream("go", adapter="poet").error()
+    assert (code, info.reason) == (grpc.StatusCode.NOT_FOUND, Reason.ADAPTER_NOT_FOUND)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -176,7 +176,7 @@ async def test_an_adapter_that_is_leaving_is_loaded_again_after_that() -> None:
 
 
 async def test_host_memory_is_handed_over_at_once_where_nothing_is_copied() -> None:
-    for is_copied, told in ((False, []), (True, [1, 3])):
+    for is_copied, told in ((False, []), (True, [1, 2, 3])):
         async with _world(arena_bytes=100_000, is_copied=is_copied) as it:
             digest = next(iter(BLOBS))
             it.load(digest)
@@ -205,3 +205,31 @@ async def test_an_engine_with_memory_of_its_own_leaves_the_arena_to_others() -> 
 
 def _adapter(blob: Blob) -> Adapter:
     return Adapter(AdapterDigest(blob.digest), blob.rank, len(blob.data))
+
+
+async def test_a_load_without_memory_does_nothing_to_the_one_that_is_leaving(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    digest = next(iter(BLOBS))
+    uncaught: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: uncaught.append(what))
+    async with _world(arena_bytes=0) as it:
+        it.load(digest)
+        assert await it.ends(digest) is None
+        it.residency.evict(digest)
+
+        def no_mapping(size_bytes: int) -> memoryview:
+            raise ValueError("none left")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("services.worker.arena._mapping", no_mapping)
+            it.load(digest)
+        error = await it.ends(digest)
+        assert error is not None
+        assert error.reason is Reason.TOO_MANY_REQUESTS
+        it.residency.clear(digest)
+        it.residency._engine.flush()
+        it.load(digest)
+        assert await it.ends(digest) is None
+        it.residency.check_integrity()
+        assert uncaught == []
