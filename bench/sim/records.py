@@ -110,6 +110,9 @@ class Sample:
     kv_blocks: int
     adapter_blocks: int
     free_blocks: int
+    adapter_uses: int  # requests with an adapter that have come to workers so far
+    adapter_hits: int  # of those, whose adapter was in device memory then
+    loaded_bytes: int  # so far
 
 
 @dataclass(frozen=True, slots=True)

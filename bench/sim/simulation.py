@@ -190,6 +190,7 @@ class _Run:
         now = self._loop.now
         queues = self._scheduler.core.snapshot(now=now).queues
         states = [worker.core.snapshot() for worker in self._present.values() if worker.is_alive]
+        lives = [worker.counts for worker in self._lives.values()]
         self._timeline.append(
             Sample(
                 time_s=now,
@@ -202,6 +203,9 @@ class _Run:
                 kv_blocks=sum(state.kv_blocks for state in states),
                 adapter_blocks=sum(state.adapter_blocks for state in states),
                 free_blocks=sum(state.free_blocks for state in states),
+                adapter_uses=sum(counts.admitted for counts in lives),
+                adapter_hits=sum(counts.hits for counts in lives),
+                loaded_bytes=sum(counts.loads.loaded_bytes for counts in lives),
             )
         )
         self._loop.after(self._scenario.sample_s, self._sample)
