@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,16 +21,14 @@ _PORTS = 16
 Event = Mapping[str, Any]
 
 
-class Suite:
-    """A running `calumma up --json`. Its log lines are kept and can be waited for."""
+class LoggedProcess:
+    """A process that logs to its stdout. Its lines are kept and can be waited for."""
 
-    def __init__(self, *options: str, env: Mapping[str, str] | None = None) -> None:
-        port_base = free_port_base()
-        self.command = ["up", "--json", "--port-base", str(port_base), *options]
+    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> None:
         self._events: list[Event] = []
         self._changed = threading.Condition()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "services.cli", *self.command],
+            argv,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -38,37 +36,12 @@ class Suite:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        try:
-            ready = self.wait_for(_is_ready, READY_TIMEOUT_S)
-        except TimeoutError:
-            self.stop()
-            raise
-        self.endpoints: Mapping[str, Any] = ready["endpoints"]
-        self.adapters: list[str] = list(ready["adapters"])
-
-    @property
-    def gateway(self) -> str:
-        """host:port of the gateway."""
-        return str(self.endpoints["gateway"])
 
     @property
     def events(self) -> list[Event]:
-        """All log lines so far, of `up` and of the services."""
+        """All log lines so far."""
         with self._changed:
             return list(self._events)
-
-    def pid(self, process: str) -> int:
-        """Process id of a service, the latest if it was restarted."""
-        started = [
-            event
-            for event in self.events
-            if event.get("event") == "started" and event.get("process") == process
-        ]
-        return int(started[-1]["pid"])
-
-    def kill(self, process: str) -> None:
-        """SIGKILL a service; `up` starts it again."""
-        os.kill(self.pid(process), signal.SIGKILL)
 
     def wait_for(
         self, matches: Callable[[Event], bool], timeout_s: float, *, after: int = 0
@@ -87,7 +60,7 @@ class Suite:
                 self._changed.wait(min(left_s, 1.0))
 
     def stop(self) -> int:
-        """Drain as Ctrl-C does. Returns the exit code of `up`."""
+        """Drain as Ctrl-C does. Returns the exit code."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         try:
@@ -106,6 +79,40 @@ class Suite:
             with self._changed:
                 self._events.append(_parsed(line))
                 self._changed.notify_all()
+
+
+class Suite(LoggedProcess):
+    """A running `calumma up --json`: the log lines are its own and the services'."""
+
+    def __init__(self, *options: str, env: Mapping[str, str] | None = None) -> None:
+        port_base = free_port_base()
+        self.command = ["up", "--json", "--port-base", str(port_base), *options]
+        super().__init__([sys.executable, "-m", "services.cli", *self.command], env=env)
+        try:
+            ready = self.wait_for(_is_ready, READY_TIMEOUT_S)
+        except TimeoutError:
+            self.stop()
+            raise
+        self.endpoints: Mapping[str, Any] = ready["endpoints"]
+        self.adapters: list[str] = list(ready["adapters"])
+
+    @property
+    def gateway(self) -> str:
+        """host:port of the gateway."""
+        return str(self.endpoints["gateway"])
+
+    def pid(self, process: str) -> int:
+        """Process id of a service, the latest if it was restarted."""
+        started = [
+            event
+            for event in self.events
+            if event.get("event") == "started" and event.get("process") == process
+        ]
+        return int(started[-1]["pid"])
+
+    def kill(self, process: str) -> None:
+        """SIGKILL a service; `up` starts it again."""
+        os.kill(self.pid(process), signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Final
 
 from bench.coldstart.client import Client
 from bench.report import Row
-from bench.suite import Event, Suite
+from bench.suite import Event, LoggedProcess
 
 _PROMPT_TOKENS: Final = 8
 _LOG_S_MAX: Final = 30.0
@@ -33,10 +33,10 @@ class CrowdResult:
 
 
 async def ask_all_at_once(
-    suite: Suite, client: Client, name: str, digest: str, *, count: int
+    log: LoggedProcess, client: Client, name: str, digest: str, *, count: int
 ) -> CrowdResult:
     """Send `count` requests for an adapter that nobody has asked for."""
-    begin = len(suite.events)
+    begin = len(log.events)
     answers = await asyncio.gather(
         *(client.ask(name, prompt_tokens=_PROMPT_TOKENS, max_tokens=1) for _ in range(count))
     )
@@ -45,8 +45,8 @@ async def ask_all_at_once(
         method = str(event.get("method", ""))
         return method.endswith("/Download") and event.get("digest") == digest
 
-    await asyncio.to_thread(suite.wait_for, is_download, _LOG_S_MAX, after=begin)
+    await asyncio.to_thread(log.wait_for, is_download, _LOG_S_MAX, after=begin)
     await asyncio.sleep(_SETTLE_S)
     ttft_s = [answer.ttft_s for answer in answers]
-    downloads = sum(is_download(event) for event in suite.events[begin:])
+    downloads = sum(is_download(event) for event in log.events[begin:])
     return CrowdResult(count, downloads, statistics.median(ttft_s), max(ttft_s))

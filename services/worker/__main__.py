@@ -9,6 +9,7 @@ import structlog
 
 from services.common.base_model import BaseModelError
 from services.common.config import load_settings
+from services.common.memory import keep_freed_memory
 from services.common.server import serve
 from services.worker.config import WorkerSettings
 from services.worker.service import Worker, start
@@ -20,6 +21,7 @@ def main() -> None:
     """Exit codes: 0 after a drain, 1 when it could not start or go on, 2 for bad settings."""
     settings = load_settings(WorkerSettings)
     _share_cores(settings.thread_count)
+    keep_freed_memory()
     workers: list[Worker] = []
 
     async def run() -> Worker:

@@ -3,7 +3,7 @@
 The event loop only writes bytes and says how many are there. Hashing and the engine's part run on
 a loader thread, one job at a time per adapter: a job takes all that has come, and what comes
 meanwhile is the next one's. No thread waits for the network, so a store that hangs holds none. The
-engine gets layers in at most `GROUPS` parts, each once every byte of it is verified.
+engine gets layers in a few parts, each once every byte of it is verified.
 """
 
 import asyncio
@@ -14,7 +14,8 @@ from typing import Final, Protocol
 from services.common.adapter_container import BlobVerifier, ContainerError, ContainerHeader
 from services.core.types import Adapter
 
-GROUPS: Final = 4
+PARTS_MAX: Final = 8  # of an adapter whose memory the engine uses where it is
+COPIES_MAX: Final = 4  # of one that it copies to a device of its own: each copy has its price
 _FEED_BYTES: Final = 2**21  # hashed between two looks at what is complete
 
 
@@ -40,6 +41,7 @@ class Intake:
         *,
         engine: AdapterEngine,
         num_layers: int,
+        parts_max: int,
         on_layers: OnLayers,
     ) -> None:
         self.has_begun = False  # the engine knows of it, and must be told to remove it
@@ -47,6 +49,7 @@ class Intake:
         self._blob = blob
         self._engine = engine
         self._num_layers = num_layers
+        self._parts = parts(num_layers, parts_max)
         self._on_layers = on_layers
         self._verifier = BlobVerifier(adapter.digest)
         self._taken_bytes = 0
@@ -80,7 +83,7 @@ class Intake:
         layers = self._num_layers
         if not self._verifier.is_complete:
             there = header.layers_within(self._verifier.verified_bytes, num_layers=layers)
-            layers = max((n for n in parts(layers)[:-1] if n <= there), default=0)
+            layers = max((n for n in self._parts[:-1] if n <= there), default=0)
         if layers > self._ready_layers:
             self._engine.extend_adapter(self._adapter.digest, layers)
             self._ready_layers = layers
@@ -136,13 +139,15 @@ class ArrivingBytes:
             self._begin_job()
 
 
-def parts(num_layers: int) -> list[int]:
-    """How many layers are there after each part: at most `GROUPS`, the last with all.
+def parts(num_layers: int, parts_max: int) -> list[int]:
+    """How many layers are there after each part: at most so many, the last with all.
 
-    The first is small, so that a prompt begins early, and each next one is larger, for it comes
-    while the ones before are computed.
+    The first are small, so that a prompt begins early, and so are the last, because what comes last
+    is still to be computed when the load has ended.
     """
-    return sorted({-(-num_layers * part**2 // GROUPS**2) for part in range(1, GROUPS + 1)})
+    # 3 x^2 - 2 x^3, which rises from 0 to 1, slowly at both ends.
+    shares = (part**2 * (3 * parts_max - 2 * part) for part in range(1, parts_max + 1))
+    return sorted({-(-num_layers * share // parts_max**3) for share in shares})
 
 
 def begin(

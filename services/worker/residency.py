@@ -28,7 +28,7 @@ from services.worker.arena import Slab
 from services.worker.engine import AdapterIncompatibleError
 from services.worker.engine_thread import EngineThread
 from services.worker.host_cache import HostCache
-from services.worker.intake import ArrivingBytes, Intake, begin, parts
+from services.worker.intake import COPIES_MAX, PARTS_MAX, ArrivingBytes, Intake, begin, parts
 from services.worker.measures import LoadStages, Measures
 from services.worker.outputs import Tier
 from services.worker.paging import bring_pages
@@ -103,6 +103,7 @@ class Residency:
         self._executor = executor
         self.num_layers = num_layers
         self._is_copied = is_copied
+        self._parts_max = COPIES_MAX if is_copied else PARTS_MAX
         self._device: dict[AdapterDigest, _Resident] = {}
         self._loads: dict[AdapterDigest, _Load] = {}
         self._leaving: dict[AdapterDigest, _Leaving] = {}
@@ -245,6 +246,7 @@ class Residency:
             view,
             engine=self._engine,
             num_layers=self.num_layers,
+            parts_max=self._parts_max,
             on_layers=self._reporter(load, on_progress),
         )
         arriving = ArrivingBytes(intake, self._executor)
@@ -282,7 +284,8 @@ class Residency:
             began_s = time.monotonic()
             begin(self._engine, load.adapter, read_header(load.slab.view), load.slab.view)
             load.in_engine = True
-            for layers in parts(self.num_layers) if self._is_copied else [self.num_layers]:
+            parts_max = self._parts_max if self._is_copied else 1
+            for layers in parts(self.num_layers, parts_max):
                 self._engine.extend_adapter(load.adapter.digest, layers)
                 if layers < self.num_layers:
                     report(layers)

@@ -20,13 +20,16 @@ from services.common.errors import Reason
 from services.worker import arena
 from services.worker.engine import AdapterIncompatibleError
 from services.worker.engine.simulated import SimulatedEngine
-from services.worker.intake import parts
+from services.worker.intake import COPIES_MAX, parts
 from tests.support.peft_folders import write_tiny_model
 from tests.support.worker_peers import INFO, QUICK, Bench, bench, make_blob, work_item
 
 ADAPTER = make_blob(1, layers=INFO.num_layers)
 BESIDE = make_blob(2, rank=8, layers=INFO.num_layers)
-PARTS = [0, *parts(INFO.num_layers)]  # the engine hears of an adapter, and then of its layers
+PARTS = [
+    0,
+    *parts(INFO.num_layers, COPIES_MAX),
+]  # the engine hears of an adapter, and then of its layers
 TOKENS = 150
 
 

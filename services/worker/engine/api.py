@@ -147,7 +147,7 @@ class Engine(Protocol):
     def extend_adapter(self, digest: str, layers: int) -> None:
         """The payload has all rows of the first `layers` layers; if these are all, of the head too.
 
-        At most four times per adapter, with more layers each time, the last time with all. When it
+        A few times per adapter, with more layers each time, the last time with all. When it
         returns the rows are in device memory, and steps may use them. Raises
         AdapterIncompatibleError and MemoryError; then the caller removes the adapter.
         """

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.common.adapter_container import ContainerError, ContainerHeader
 from services.core.types import Adapter, AdapterDigest
-from services.worker.intake import ArrivingBytes, Intake, parts
+from services.worker.intake import COPIES_MAX, PARTS_MAX, ArrivingBytes, Intake, parts
 from tests.support.worker_peers import Blob, make_blob
 
 LAYERS = 8
@@ -44,12 +44,17 @@ class _Engine:
 def _intake(into: bytearray, engine: _Engine, told: list[int]) -> Intake:
     adapter = Adapter(AdapterDigest(BLOB.digest), BLOB.rank, len(BLOB.data))
     return Intake(
-        adapter, memoryview(into), engine=engine, num_layers=LAYERS, on_layers=told.append
+        adapter,
+        memoryview(into),
+        engine=engine,
+        num_layers=LAYERS,
+        parts_max=PARTS_MAX,
+        on_layers=told.append,
     )
 
 
 @given(st.lists(st.integers(1, len(BLOB.data)), max_size=40))
-def test_the_engine_gets_layers_in_four_parts_at_most_and_only_whole_ones(ends: list[int]) -> None:
+def test_the_engine_gets_layers_in_few_parts_and_only_whole_ones(ends: list[int]) -> None:
     into, engine, told = bytearray(len(BLOB.data)), _Engine(BLOB), list[int]()
     intake = _intake(into, engine, told)
     for end in [*sorted(ends), len(BLOB.data)]:
@@ -57,7 +62,7 @@ def test_the_engine_gets_layers_in_four_parts_at_most_and_only_whole_ones(ends: 
         intake.take(end)
     intake.check_is_complete()
     assert engine.layers == sorted(set(engine.layers))
-    assert set(engine.layers) <= {1, 2, 5, 8}
+    assert set(engine.layers) <= set(parts(LAYERS, PARTS_MAX))
     assert engine.layers == [*told, LAYERS]
 
 
@@ -66,7 +71,7 @@ def test_layers_are_handed_on_long_before_the_last_byte() -> None:
     intake = _intake(into, engine, told)
     for end in range(0, len(BLOB.data), 64):
         intake.take(end)
-    assert told == [1, 2, 5]
+    assert told == [1, 2, 3, 4, 6, 7]
     with pytest.raises(ContainerError):
         intake.check_is_complete()
 
@@ -84,7 +89,12 @@ def test_a_header_of_another_size_than_was_promised_is_refused() -> None:
     into, engine = bytearray(BLOB.data), _Engine(BLOB)
     adapter = Adapter(AdapterDigest(BLOB.digest), BLOB.rank, len(into) + 1)
     intake = Intake(
-        adapter, memoryview(into), engine=engine, num_layers=LAYERS, on_layers=lambda _: None
+        adapter,
+        memoryview(into),
+        engine=engine,
+        num_layers=LAYERS,
+        parts_max=PARTS_MAX,
+        on_layers=lambda _: None,
     )
     with pytest.raises(ContainerError, match="were promised"):
         intake.take(len(into))
@@ -119,9 +129,11 @@ async def test_whoever_brings_more_bytes_learns_that_the_first_were_wrong() -> N
 
 
 def test_every_number_of_layers_has_its_parts() -> None:
-    assert [parts(n) for n in (1, 2, 5, 30)] == [
+    assert [parts(n, COPIES_MAX) for n in (1, 2, 5, 30)] == [
         [1],
         [1, 2],
-        [1, 2, 3, 5],
-        [2, 8, 17, 30],
+        [1, 3, 5],
+        [5, 15, 26, 30],
     ]
+    assert parts(30, PARTS_MAX) == [2, 5, 10, 15, 21, 26, 29, 30]
+    assert parts(30, 1) == [30]
