@@ -25,7 +25,7 @@ from services.common.memory import keep_freed_memory
 from services.core.types import Adapter, AdapterDigest
 from services.worker.arena import HostArena
 from services.worker.downloads import AdapterDownloads
-from services.worker.intake import ArrivingBytes, Intake
+from services.worker.intake import PARTS_MAX, ArrivingBytes, Intake
 
 MESSAGE_BYTES: Final = 2**20
 _SERVICE: Final = "calumma.bench.Plain"
@@ -93,7 +93,12 @@ async def _worker_rate(
     with ThreadPoolExecutor(1) as executor:
         started_s = time.perf_counter()
         intake = Intake(
-            adapter, slab.view, engine=_Views(), num_layers=30, on_layers=lambda _: None
+            adapter,
+            slab.view,
+            engine=_Views(),
+            num_layers=30,
+            parts_max=PARTS_MAX,
+            on_layers=lambda _: None,
         )
         arriving = ArrivingBytes(intake, executor)
         await downloads.fetch(adapter, slab.view, arriving.note)
