@@ -1,5 +1,6 @@
 """Who holds memory at a worker, and who gives way."""
 
+from services.core.config import ReplicaConfig
 from services.core.decisions import (
     EvictAdapter,
     EvictionReason,
@@ -27,7 +28,7 @@ def test_adapters_stay_when_their_requests_have_ended() -> None:
 
 
 def test_kv_cache_takes_the_memory_of_idle_adapters() -> None:
-    bench = Bench(blocks=20)
+    bench = Bench(blocks=20, config=ReplicaConfig(eviction="lru"))
     use_and_leave(bench, "a", "b", "c")
     bench.dispatch(request("long", context=100, output=80))
     bench.run()
