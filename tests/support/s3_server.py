@@ -82,7 +82,7 @@ def run_s3_server(folder: Path) -> Generator[S3Server]:
             "-s3.port.lance=0",
             f"-s3.config={config}",
             "-volume.max=20",
-            "-master.volumeSizeLimitMB=64",
+            "-master.volumeSizeLimitMB=1024",  # of 20 volumes: benchmarks publish gigabytes
         ],
         stdout=log,
         stderr=subprocess.STDOUT,
