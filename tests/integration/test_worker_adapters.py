@@ -63,7 +63,7 @@ async def test_a_hundred_requests_for_one_adapter_that_fails_get_the_same_error(
         assert {(error.reason, error.message) for error in errors} == {
             (Reason.ADAPTER_CORRUPT, errors[0].message)
         }
-        await it.until(lambda: it.engine.adapters == {})  # its thread lets go of them a little later
+        await it.until(lambda: it.engine.adapters == {})  # on its own thread
         assert it.worker.residency.held() == {}
 
 
