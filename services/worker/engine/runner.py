@@ -120,7 +120,15 @@ class TorchEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
+    def begin_adapter(
+        self,
+        digest: str,
+        header: ContainerHeader,
+        payload: memoryview,
+        *,
+        blocks: tuple[int, ...] = (),
+    ) -> None:
+        del blocks  # the payload is where it stays, or a copy in memory of its own
         assert digest not in self._adapters
         self._adapters[digest] = AdapterWeights(
             header, payload, self._config, dtype=self._dtype, transfer=self._transfer

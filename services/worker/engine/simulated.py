@@ -83,7 +83,15 @@ class SimulatedEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
+    def begin_adapter(
+        self,
+        digest: str,
+        header: ContainerHeader,
+        payload: memoryview,
+        *,
+        blocks: tuple[int, ...] = (),
+    ) -> None:
+        del blocks
         assert digest not in self._adapters
         assert len(payload) == header.payload_bytes
         self._adapters[digest] = _Adapter(header.rank, header.total_bytes)
