@@ -27,6 +27,7 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench.report import Report, Row, Target
+from bench.s3_server import run_s3_server, weed_binary
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
 from services.adapter_store.blobs import blob_path
 from services.adapter_store.ranges import ReadAhead, read_object
@@ -37,7 +38,6 @@ from services.common.memory import keep_freed_memory
 from services.worker.blob_parts import read_part
 from tests.support.blob_bytes import make_blob
 from tests.support.peft_folders import write_tiny_model
-from tests.support.s3_server import run_s3_server, weed_binary
 
 CACHE_RATIO_MIN: Final = 0.7
 S3_RATIO_MIN: Final = 0.4  # the S3 server, the store and the client share this machine's cores

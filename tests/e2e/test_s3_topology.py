@@ -13,11 +13,11 @@ import pytest
 from obstore.store import S3Store
 
 from bench.load import Job, run_jobs
+from bench.s3_server import BUCKET, S3Server, run_s3_server, weed_binary
 from bench.suite import Suite, running_suite
 from calumma.common.v1 import common_pb2
 from calumma.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from services.common.errors import RpcError
-from tests.support.s3_server import BUCKET, S3Server, run_s3_server, weed_binary
 
 pytestmark = [
     pytest.mark.model,

@@ -117,8 +117,10 @@ def test_the_base_and_resident_adapters_go_on_without_the_store(pair: Suite) -> 
     warm, cold = pair.adapters[:2]
     with grpc.insecure_channel(pair.gateway) as channel:
         stub = gateway_pb2_grpc.InferenceServiceStub(channel)
-        for seed in range(8):  # both workers have it then
-            list(stub.GenerateStream(_request(seed, adapter=warm), timeout=60))
+        warming = [
+            stub.GenerateStream(_request(seed, adapter=warm), timeout=60) for seed in range(STREAMS)
+        ]
+        assert all(list(stream) for stream in warming)  # both workers have it then
         before = len(pair.events)
         pair.kill("adapter_store")
 

