@@ -5,8 +5,8 @@ with a chat template in `tokenizer_config.json` or `chat_template.jinja`, and pe
 `generation_config.json`. `calumma model pull` adds `calumma.json` with the model's name and digest.
 Everything here reads files only: no torch, no transformers, so every service may use it.
 
-Two spellings of rotary embeddings are in the wild: `rope_theta` with `rope_scaling`, and one
-`rope_parameters` object. Both are read.
+Its parts: `model_config` (the fields of `config.json`), `model_rope` (its rotary embeddings) and
+`model_errors`; what others need of them is here, too. `model_tensors` looks into the weights.
 """
 
 import hashlib
@@ -17,92 +17,63 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, assert_never
+from typing import Any, Final
+
+from services.common.model_config import SUPPORTED_ARCHITECTURES, ModelConfig, parse_config
+from services.common.model_errors import (
+    BaseModelError,
+    ContextTooLongError,
+    ModelIncompleteError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
+from services.common.model_rope import LinearRope, Llama3Rope, RopeScaling, YarnRope
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "JSON_BYTES_MAX",
+    "LINEARS",
+    "MODEL_FILE",
+    "SUPPORTED_ARCHITECTURES",
+    "WEIGHTS_FILE",
+    "WEIGHTS_INDEX_FILE",
+    "BaseModelError",
+    "ContextTooLongError",
+    "LinearRope",
+    "Llama3Rope",
+    "ModelConfig",
+    "ModelIdentity",
+    "ModelIncompleteError",
+    "ModelNotFoundError",
+    "RopeScaling",
+    "UnsupportedModelError",
+    "YarnRope",
+    "cache_home",
+    "check_folder",
+    "folder_digest",
+    "is_hub_id",
+    "linear_shapes",
+    "load_config",
+    "locate",
+    "model_identity",
+    "models_dir",
+    "outer_shapes",
+    "pulled_folder",
+    "read_json",
+    "weight_files",
+    "write_json",
+]
 
 DEFAULT_MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODEL_FILE: Final = "calumma.json"
 WEIGHTS_FILE: Final = "model.safetensors"
 WEIGHTS_INDEX_FILE: Final = "model.safetensors.index.json"
 LINEARS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SUPPORTED_ARCHITECTURES: Final = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
 JSON_BYTES_MAX: Final = (
     64 * 2**20
 )  # the largest JSON file that is read; a real index is under 1 MiB
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _CHUNK_BYTES = 2**22
-
-
-class BaseModelError(Exception):
-    """A base model can't be used; the message says why and what to do."""
-
-
-class ModelNotFoundError(BaseModelError):
-    """There is no folder for this model."""
-
-
-class ModelIncompleteError(BaseModelError):
-    """A file or a field that every model needs is missing or unreadable."""
-
-
-class UnsupportedModelError(BaseModelError):
-    """The model is of a kind that the engine does not compute."""
-
-
-@dataclass(frozen=True, slots=True)
-class LinearRope:
-    """Positions divided by `factor`."""
-
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class Llama3Rope:
-    """Low frequencies divided by `factor`, high ones kept, those between interpolated."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-RopeScaling = LinearRope | Llama3Rope
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """The shape of a decoder-only transformer of the Llama family.
-
-    `attention_bias`: q, k and v have biases; `output_bias`: o has one; `mlp_bias`: gate, up and
-    down have. `qk_norm`: RMSNorm over each head of q and k before rotation. `sliding_window`: how
-    many positions each layer attends to, itself included; None means all.
-    """
-
-    architecture: str
-    model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
-    tie_embeddings: bool
-    attention_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    sliding_window: int | None
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +119,9 @@ def locate(model: str) -> Path:
 
 def load_config(folder: Path) -> ModelConfig:
     """Parse `config.json`. Raises ModelIncompleteError and UnsupportedModelError."""
-    raw = _read_json(folder / "config.json")
-    architecture = _supported_architecture(raw)
+    raw = read_json(folder / "config.json")
     try:
-        return _parse(raw, architecture, _read_generation(folder))
+        return parse_config(raw, _read_generation(folder))
     except (KeyError, TypeError, ValueError) as error:
         raise ModelIncompleteError(f"{folder / 'config.json'}: bad or missing {error}") from error
 
@@ -161,11 +131,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     index = folder / WEIGHTS_INDEX_FILE
     if not index.is_file():
         return (_present(folder / WEIGHTS_FILE),)
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelIncompleteError(f"{index} has no weight_map")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelIncompleteError(f"{index}: its weight_map has a value that names no file")
     # `Path.name` keeps a crafted index inside the folder.
-    return tuple(_present(folder / Path(str(n)).name) for n in sorted(set(weight_map.values())))
+    return tuple(_present(folder / Path(name).name) for name in sorted(set(weight_map.values())))
 
 
 def check_folder(folder: Path) -> ModelConfig:
@@ -207,7 +179,7 @@ def model_identity(folder: Path) -> ModelIdentity:
     """Name and digest: as written at pull, else computed once and remembered in the cache home."""
     written = folder / MODEL_FILE
     if written.is_file():
-        fields = _read_json(written)
+        fields = read_json(written)
         if isinstance(fields.get("name"), str) and isinstance(fields.get("digest"), str):
             return ModelIdentity(fields["name"], fields["digest"])
     files = _identity_files(folder)
@@ -216,7 +188,7 @@ def model_identity(folder: Path) -> ModelIdentity:
     remembered = cache_home() / "identities" / f"{key}.json"
     if remembered.is_file():
         with suppress(ModelIncompleteError):
-            fields = _read_json(remembered)
+            fields = read_json(remembered)
             if fields.get("stamp") == stamp:
                 return ModelIdentity(folder.name, str(fields["digest"]))
     digest = folder_digest(folder)
@@ -227,14 +199,35 @@ def model_identity(folder: Path) -> ModelIdentity:
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 over `config.json` and the weights: name, size and bytes of each file."""
+    """sha256 over `config.json` and the weights: name, size and bytes of each file.
+
+    Raises ModelIncompleteError.
+    """
     total = hashlib.sha256()
     for file in _identity_files(folder):
-        total.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                total.update(chunk)
+        try:
+            total.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(_CHUNK_BYTES):
+                    total.update(chunk)
+        except OSError as error:
+            raise ModelIncompleteError(f"{file} cannot be read: {error}") from error
     return f"sha256:{total.hexdigest()}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a file. Raises ModelIncompleteError."""
+    if _present(path).stat().st_size > JSON_BYTES_MAX:
+        raise ModelIncompleteError(f"{path} is larger than {JSON_BYTES_MAX} bytes")
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelIncompleteError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelIncompleteError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ModelIncompleteError(f"{path} is not a JSON object")
+    return fields
 
 
 def write_json(path: Path, fields: Mapping[str, object]) -> None:
@@ -255,122 +248,6 @@ def _present(path: Path) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if _present(path).stat().st_size > JSON_BYTES_MAX:
-        raise ModelIncompleteError(f"{path} is larger than {JSON_BYTES_MAX} bytes")
-    try:
-        fields = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ModelIncompleteError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ModelIncompleteError(f"{path} is not a JSON object")
-    return fields
-
-
 def _read_generation(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
-    return _read_json(path) if path.is_file() else {}
-
-
-def _supported_architecture(raw: Mapping[str, Any]) -> str:
-    named = raw.get("architectures") or [f"model_type {raw.get('model_type')!r}"]
-    architecture = str(named[0])
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{architecture} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unnamed")
-        raise UnsupportedModelError(f"checkpoints quantised with {method} are not supported")
-    if (activation := raw.get("hidden_act", "silu")) != "silu":
-        raise UnsupportedModelError(f"hidden_act {activation!r} is not supported")
-    return architecture
-
-
-def _parse(raw: Mapping[str, Any], architecture: str, generation: Mapping[str, Any]) -> ModelConfig:
-    heads = _positive(raw, "num_attention_heads")
-    hidden = _positive(raw, "hidden_size")
-    attention_bias, output_bias = _attention_biases(raw, architecture)
-    rope_theta, rope_scaling = _rope(raw)
-    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-    bos = generation.get("bos_token_id", raw.get("bos_token_id"))
-    return ModelConfig(
-        architecture=architecture,
-        model_type=str(raw["model_type"]),
-        hidden_size=hidden,
-        intermediate_size=_positive(raw, "intermediate_size"),
-        num_layers=_positive(raw, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or hidden // heads),
-        vocab_size=_positive(raw, "vocab_size"),
-        max_positions=_positive(raw, "max_position_embeddings"),
-        rms_norm_eps=float(raw["rms_norm_eps"]),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=attention_bias,
-        output_bias=output_bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-        qk_norm=architecture == "Qwen3ForCausalLM",
-        sliding_window=_sliding_window(raw, architecture),
-        eos_token_ids=_token_ids(eos),
-        bos_token_id=None if bos is None else int(bos),
-    )
-
-
-def _positive(raw: Mapping[str, Any], field: str) -> int:
-    value = int(raw[field])
-    if value < 1:
-        raise ValueError(f"{field} {value}")
-    return value
-
-
-def _attention_biases(raw: Mapping[str, Any], architecture: str) -> tuple[bool, bool]:
-    """(q/k/v, o). Qwen2 always has the first and never the second; its config says neither."""
-    if architecture == "Qwen2ForCausalLM":
-        return True, False
-    bias = bool(raw.get("attention_bias", False))
-    return bias, bias
-
-
-def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, LinearRope(float(rope["factor"]))
-    if kind == "llama3":
-        return theta, Llama3Rope(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_positions=int(rope["original_max_position_embeddings"]),
-        )
-    raise UnsupportedModelError(f"rope type {kind!r} is not supported")
-
-
-def _sliding_window(raw: Mapping[str, Any], architecture: str) -> int | None:
-    """Mistral's window holds in every layer; Qwen's is off unless a flag puts it on in some."""
-    if architecture.startswith("Qwen"):
-        if raw.get("use_sliding_window"):
-            raise UnsupportedModelError("use_sliding_window in some layers only is not supported")
-        return None
-    if architecture != "MistralForCausalLM":
-        return None
-    window = raw.get("sliding_window")
-    return None if window is None else int(window)
-
-
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    match value:
-        case None:
-            return ()
-        case int():
-            return (value,)
-        case list():
-            return tuple(int(item) for item in value)
-        case _:
-            assert_never(value)
+    return read_json(path) if path.is_file() else {}

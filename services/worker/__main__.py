@@ -12,13 +12,17 @@ from services.common.config import load_settings
 from services.common.memory import keep_freed_memory
 from services.common.server import serve
 from services.worker.config import WorkerSettings
+from services.worker.engine import EngineLostError
 from services.worker.service import Worker, start
 
 SWITCH_INTERVAL_S: Final = 0.0005
 
 
 def main() -> None:
-    """Exit codes: 0 after a drain, 1 when it could not start or go on, 2 for bad settings."""
+    """Exit codes: 0 after a drain, 1 when it could not start or go on, 2 for bad settings.
+
+    A model that can't be served is a bad setting: starting again will not help.
+    """
     settings = load_settings(WorkerSettings)
     _share_cores(settings.thread_count)
     keep_freed_memory()
@@ -27,11 +31,11 @@ def main() -> None:
     async def run() -> Worker:
         try:
             worker = await start(settings, on_failure=lambda: signal.raise_signal(signal.SIGTERM))
-        except (BaseModelError, ModuleNotFoundError, ValueError) as error:
+        except (BaseModelError, EngineLostError, ModuleNotFoundError, ValueError) as error:
             is_missing = isinstance(error, ModuleNotFoundError)
             hint = "pip install 'calumma[worker]'" if is_missing else None
             structlog.get_logger("worker").error("cannot_start", error=str(error), hint=hint)
-            sys.exit(1)
+            sys.exit(2 if isinstance(error, BaseModelError) else 1)
         workers.append(worker)
         return worker
 

@@ -5,11 +5,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from services.cli import model
 from services.common import base_model
+from services.common.model_config import parse_config
+from tests.unit.model.tensor_files import file_bytes, tensors_of
 
 COMMIT = "0" * 40
 CONFIG = {
@@ -25,7 +28,7 @@ CONFIG = {
 }
 FILES = {
     "config.json": json.dumps(CONFIG).encode(),
-    "model.safetensors": b"weights" * 1000,
+    "model.safetensors": file_bytes(tensors_of(parse_config(CONFIG, {}))),
     "tokenizer.json": b"{}",
     "chat_template.jinja": b"{{ messages }}",
     "pytorch_model.bin": b"a pickle",
@@ -35,6 +38,7 @@ FILES = {
 
 class Hub(BaseHTTPRequestHandler):
     files = FILES
+    given: ClassVar[set[str]] = set()  # names of files whose bytes were asked for
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -63,6 +67,7 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if with_body:
+            self.given.add(name)
             self.wfile.write(body)
 
     def _listing(self) -> dict[str, object]:
@@ -86,6 +91,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    Hub.given.clear()
     yield Hub
     server.shutdown()
     thread.join()
@@ -124,6 +130,20 @@ def test_a_model_of_an_unsupported_kind_does_not_reach_the_cache(
     monkeypatch.setattr(hub, "files", FILES | {"config.json": config})
 
     with pytest.raises(base_model.UnsupportedModelError, match="GPT2LMHeadModel"):
+        model.pull("some/model", home=tmp_path, progress=ignore)
+
+    assert list((tmp_path / "models").iterdir()) == []
+    assert "config.json" in hub.given
+    assert "model.safetensors" not in hub.given
+
+
+def test_weights_of_another_shape_do_not_reach_the_cache(
+    tmp_path: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.dumps(CONFIG | {"vocab_size": 513}).encode()
+    monkeypatch.setattr(hub, "files", FILES | {"config.json": config})
+
+    with pytest.raises(base_model.ModelIncompleteError, match="embed_tokens"):
         model.pull("some/model", home=tmp_path, progress=ignore)
 
     assert list((tmp_path / "models").iterdir()) == []
