@@ -35,8 +35,15 @@ _START_S_MAX: Final = 30.0
 class _Views:
     """The part of an engine on the CPU that a load calls: it only looks at the bytes."""
 
-    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
-        del digest, header, payload
+    def begin_adapter(
+        self,
+        digest: str,
+        header: ContainerHeader,
+        payload: memoryview,
+        *,
+        blocks: tuple[int, ...] = (),
+    ) -> None:
+        del digest, header, payload, blocks
 
     def extend_adapter(self, digest: str, layers: int) -> None:
         del digest, layers
@@ -95,6 +102,7 @@ async def _worker_rate(
         intake = Intake(
             adapter,
             slab.view,
+            blocks=(),
             engine=_Views(),
             num_layers=30,
             parts_max=PARTS_MAX,

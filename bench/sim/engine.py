@@ -63,10 +63,11 @@ class Engine:
         self._open: dict[RequestId, Live] = {}
         self._step: list[tuple[Live, StepWork]] = []
 
-    def open(self, live: Live) -> None:
+    def open(self, live: Live, *, computed_tokens: int = 0) -> None:
+        """`computed_tokens`: that a cached prefix has."""
         request_id = live.attempt.request_id
         assert request_id not in self._open
-        live.computed = live.passed_layers = 0
+        live.computed, live.passed_layers = computed_tokens, 0
         self._open[request_id] = live
 
     def close(self, live: Live) -> None:

@@ -172,8 +172,8 @@ class SimWorker:
             match decision:
                 case RunStep():
                     self._run_step(decision)
-                case StartRequest(attempt):
-                    self._start(self._lives[attempt])
+                case StartRequest(attempt, _, computed_tokens):
+                    self._start(self._lives[attempt], computed_tokens)
                 case PreemptRequest(attempt):
                     self._preempt(self._lives[attempt])
                 case EndRequest(attempt):
@@ -224,8 +224,8 @@ class SimWorker:
 
     # --- requests ---------------------------------------------------------------------------
 
-    def _start(self, live: Live) -> None:
-        self._engine.open(live)
+    def _start(self, live: Live, computed_tokens: int) -> None:
+        self._engine.open(live, computed_tokens=computed_tokens)
         client = live.work.client
         if client.started_s is None:
             client.started_s = self._loop.now

@@ -85,7 +85,7 @@ class PromiseRule:
         """
         memory = self._memory
         out_of_reach = memory.cache.unclaimed_loading_blocks(besides=sequence.digest)
-        need = sequence.need(memory.capacity, self._reserve)
+        need = memory.need(sequence, self._reserve)
         return memory.ledger.fit(need, unavailable_blocks=out_of_reach) is Fit.FITS
 
     def add(self, sequence: Sequence) -> None:

@@ -90,11 +90,12 @@ class Batching:
             cache=memory.cache,
         )
         self._run = RunStep(())  # the last one of decodes only: most are the same again
+        self._grown: list[Sequence] = []  # that got blocks for the step being formed
         self._out: list[ReplicaDecision] = []
 
     def form(self, costs: StepCosts, *, now: float) -> tuple[list[ReplicaDecision], Step | None]:
         """The next step, if there is anything to run now, and what must be done for it."""
-        self._out = []
+        self._out, self._grown = [], []
         step = None if self._must_wait() else self._form(costs, now)
         if step is not None:
             self._out.append(self._run_step(step))
@@ -132,16 +133,35 @@ class Batching:
         else:
             work = tuple(sequence.decode for sequence in step.decodes)
         if not step.chunks and work is self._run.work:
-            return self._run
+            return RunStep(work, self._new_blocks()) if self._grown else self._run
         starting = [*step.decodes, *(sequence for sequence, _ in step.chunks)]
         for sequence in starting:
             if not sequence.is_started:
-                sequence.is_started = True
-                self._out.append(StartRequest(sequence.attempt))
+                self._out.append(self._start(sequence))
         if step.chunks:
-            return RunStep((*work, *(chunk for _, chunk in step.chunks)))
+            work = (*work, *(chunk for _, chunk in step.chunks))
+            return RunStep(work, self._new_blocks())
         self._run = RunStep(work)
-        return self._run
+        return RunStep(work, self._new_blocks()) if self._grown else self._run
+
+    def _start(self, sequence: Sequence) -> StartRequest:
+        sequence.is_started = True
+        shared = tuple(sequence.blocks[: len(sequence.cached)])
+        hit_tokens = sequence.computed_tokens
+        self._memory.prefixes.note_start(
+            context_tokens=sequence.known_tokens, hit_tokens=hit_tokens
+        )
+        return StartRequest(sequence.attempt, shared, hit_tokens)
+
+    def _new_blocks(self) -> tuple[tuple[RequestId, tuple[int, ...]], ...]:
+        """What the engine does not know yet. Who grew and was preempted after has nothing new."""
+        new: list[tuple[RequestId, tuple[int, ...]]] = []
+        for sequence in self._grown:
+            blocks = sequence.blocks
+            if sequence.told_blocks < len(blocks):
+                new.append((sequence.request_id, tuple(blocks[sequence.told_blocks :])))
+                sequence.told_blocks = len(blocks)
+        return tuple(new)
 
     def _shape(self, decodes: list[Sequence], chunks: list[Chunk]) -> StepShape:
         """Parts count with their share of the layers."""
@@ -172,9 +192,8 @@ class Batching:
             return True
         if not self._memory.cache.is_loading_ahead:
             return False
-        pool, cache = self._memory.pool, self._memory.cache
         short = sum(one.computed_tokens >= one.held_tokens for one in self._roster.decoding)
-        return short > pool.free_blocks + cache.evictable_blocks
+        return short > self._memory.pool.free_blocks + self._memory.evictable_blocks
 
     # --- decodes ----------------------------------------------------------------------------
 
@@ -184,6 +203,7 @@ class Batching:
         if len(short) <= self._memory.pool.free_blocks:
             for sequence in short:
                 self._memory.add_blocks(sequence, 1)
+            self._grown = short
             return decoding.copy()
         stalled: set[RequestId] = set()
         for sequence in short:
@@ -217,6 +237,7 @@ class Batching:
         chunks: list[Chunk] = []
         room_tokens = self._config.prefill_tokens_per_step
         for sequence in self._roster.prompts:
+            self._use_prefix(sequence, now)
             tokens = sequence.uncomputed_tokens
             if chunks and tokens > room_tokens:
                 break
@@ -232,6 +253,7 @@ class Batching:
         for sequence in self._prompts(decodes, costs, now):
             if room_tokens <= 0:
                 break
+            self._use_prefix(sequence, now)
             chunk = self._chunk(sequence, room_tokens, now, must=not chunks)
             if chunk is None:
                 break
@@ -248,6 +270,7 @@ class Batching:
         left_s -= costs.step_time_s(self._shape(decodes, []))
         floor_tokens, room_tokens = config.min_prefill_tokens, config.step_tokens_limit
         for sequence in prompts:
+            self._use_prefix(sequence, now)
             token_s = costs.prefill_token_s + costs.prefill_rank_token_s * sequence.rank
             left_s -= costs.cached_token_s * sequence.computed_tokens
             tokens = min(room_tokens, max(floor_tokens, _tokens_within(left_s, token_s)))
@@ -271,6 +294,14 @@ class Batching:
             return self._roster.prompts
         step_s = costs.step_time_s(self._shape(decodes, []))
         return self._layers.prompts(step_s=step_s, has_decodes=bool(decodes), now=now)
+
+    def _use_prefix(self, sequence: Sequence, now: float) -> None:
+        """What was computed since it was admitted, by requests that begin as it does, it has too.
+
+        Two tokens are left at least, so that it stays a prompt.
+        """
+        if sequence.keys and not sequence.is_started:
+            self._memory.use_prefix(sequence, least_tokens=2, now=now)
 
     def _allowed_s(self, decodes: list[Sequence], first: Sequence, now: float) -> float:
         """How long a step with prompts may take, see the top of this module."""
@@ -311,7 +342,9 @@ class Batching:
         if evictions is None:
             return False
         self._out.extend(evictions)
-        memory.grow(sequence, tokens)
+        if missing_blocks:
+            memory.add_blocks(sequence, missing_blocks)
+            self._grown.append(sequence)
         return True
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from services.core.demand import Demand
 from services.core.events import ResidentAdapter
+from services.core.eviction_cost import Cost
 from services.core.eviction_view import EvictionPolicy, Floats, IdleAdapters, UseTable
 from services.core.snapshots import CacheCounts
 from services.core.types import Adapter, AdapterDigest
@@ -49,6 +50,7 @@ class CachedAdapter:
     score: float | None = None  # when it was last named as a victim, since its last use
 
 
+_VALUE: Final = Cost()  # whatever the policy: of an adapter against something else
 _FEW: Final = 16  # victims are ranked so many at a time, because few are asked for
 
 
@@ -90,6 +92,15 @@ class AdapterCache:
     def blocks_of(self, digest: AdapterDigest) -> int:
         """Blocks that it holds."""
         return self._entries[digest].blocks
+
+    def last_used_s(self, digest: AdapterDigest) -> float:
+        """When its last user came or left."""
+        return self._entries[digest].last_used_s
+
+    def saved_s(self, digest: AdapterDigest, *, now: float) -> float:
+        """Seconds that keeping it is expected to save at the next request, per block it holds."""
+        slot = np.array([self._entries[digest].slot], dtype=np.int64)
+        return float(_VALUE.scores(IdleAdapters(self._table, slot, now=now))[0])
 
     @property
     def loading(self) -> int:

@@ -63,6 +63,7 @@ class ReplicaConfig:
     max_loads: int = 4  # at once, of adapters that are not in host memory
     max_hint_loads: int = 2  # of those, for requests that are not here yet
     max_hints: int = 64  # the rest of a longer hint is ignored
+    prefix_cache: bool = True  # what requests begin with alike is computed once
     eviction: str = "cost"  # see services.core.eviction
     eviction_options: tuple[tuple[str, str], ...] = ()  # of that policy, by name
     # Of loads ahead of requests, see `services.core.prefetch`. Shares of the pool.

@@ -83,9 +83,13 @@ ClusterDecision = Dispatch | Reject | Return | Abort | Forget | Prefetch
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Bring the adapter into device memory. Answered by AdapterLoaded or AdapterLoadFailed."""
+    """Bring the adapter into device memory. Answered by AdapterLoaded or AdapterLoadFailed.
+
+    `blocks` of the pool are its own until it is evicted or its load has failed.
+    """
 
     adapter: Adapter
+    blocks: tuple[int, ...] = ()
 
 
 class EvictionReason(StrEnum):
@@ -108,9 +112,14 @@ class EvictAdapter:
 
 @dataclass(frozen=True, slots=True)
 class StartRequest:
-    """Open the request's sequence in the engine. Precedes the first step that names it."""
+    """Open the request's sequence in the engine. Precedes the first step that names it.
+
+    `blocks` hold the keys and values of its first `computed_tokens` already: a cached prefix.
+    """
 
     attempt: Attempt
+    blocks: tuple[int, ...] = ()
+    computed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +169,13 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one step. Answered by StepFinished; no other RunStep is decided before that."""
+    """Run one step. Answered by StepFinished; no other RunStep is decided before that.
+
+    `new_blocks` of requests in it come behind the blocks that their sequences have.
+    """
 
     work: tuple[StepWork, ...]
+    new_blocks: tuple[tuple[RequestId, tuple[int, ...]], ...] = ()
 
 
 ReplicaDecision = (

@@ -219,11 +219,13 @@ class StepFinished:
     """The step that RunStep asked for has ended.
 
     `sampled` are the requests that got one more token each; `ended` those among them (or failed
-    ones) that are complete and leave.
+    ones) that are complete and leave. `more_keys` of those that ended well are of the full blocks
+    behind those that `Request.prefix_keys` names, of context and output.
     """
 
     sampled: tuple[RequestId, ...]
     ended: tuple[RequestId, ...]
+    more_keys: tuple[tuple[RequestId, tuple[bytes, ...]], ...] = ()
 
 
 ReplicaEvent = (

@@ -7,7 +7,7 @@ class Lru:
     """Least recently used goes first."""
 
     def __init__(self) -> None:
-        self.rules = Rules()
+        self.rules = Rules(exchange="age")
         self.clock = 0.0
 
     def scores(self, idle: IdleAdapters) -> Floats:

@@ -23,6 +23,8 @@ Ints = NDArray[np.int64]
 Tie = Literal["digest", "oldest", "smallest"]
 # Among wanted adapters: the least urgent or the one with the lowest score goes first.
 WantedOrder = Literal["urgency", "score"]
+# Between an adapter and a cached prefix: what saves less time, or was unused for longest, goes.
+Exchange = Literal["value", "age"]
 
 _SLOTS_AT_FIRST: Final = 64
 _COLUMNS: Final = (
@@ -55,6 +57,7 @@ class Rules:
     window_s: float = 300.0  # of the windows in which recent uses are counted
     tie: Tie = "digest"
     wanted_order: WantedOrder = "urgency"
+    exchange: Exchange = "value"
 
 
 class EvictionPolicy(Protocol):

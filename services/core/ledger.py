@@ -3,7 +3,8 @@
 A request is promised the KV blocks of its context and of the output still expected, and a batch
 slot. Its adapter is charged to the first request that uses it and given back with the last, so
 sharing is free (Chameleon does not say how a shared adapter is charged; S-LoRA counts the distinct
-adapters of a batch). Adapters in memory that nobody uses are not counted: they can be evicted.
+adapters of a batch). So it is with cached prefixes: a block that requests share is charged once, as
+long as one of them uses it. What is in memory and nobody uses is not counted: it can be evicted.
 
 The cluster machine keeps one ledger per worker and dispatches what fits; the replica machine admits
 by a ledger of its own. Where the prediction held, what the first dispatches the second can start
@@ -86,6 +87,7 @@ class Ledger:
         self._kv: dict[Attempt, tuple[int, AdapterDigest | None]] = {}
         self._shares: dict[AdapterDigest, _Share] = {}
         self._reserved_blocks = 0
+        self._shared_blocks = 0
 
     def __len__(self) -> int:
         return len(self._kv)
@@ -102,6 +104,11 @@ class Ledger:
     def free_blocks(self) -> int:
         """Blocks not promised; negative when more was adopted than fits."""
         return self.capacity.pool_blocks - self._reserved_blocks
+
+    @property
+    def shared_blocks(self) -> int:
+        """Blocks of KV cache that are charged once for all their users."""
+        return self._shared_blocks
 
     def uses(self, digest: AdapterDigest) -> bool:
         """True while some request is charged for the adapter."""
@@ -127,6 +134,18 @@ class Ledger:
         share = self._shares.setdefault(need.adapter, _Share(need.adapter_blocks, 0))
         share.blocks = max(share.blocks, need.adapter_blocks)
         share.users += 1
+
+    def lower_by(self, attempt: Attempt, kv_blocks: int) -> None:
+        """So many blocks of a request are shared now: they are charged once for all its users."""
+        promised, adapter = self._kv[attempt]
+        assert kv_blocks <= promised
+        self._kv[attempt] = (promised - kv_blocks, adapter)
+        self._reserved_blocks -= kv_blocks
+
+    def charge_shared(self, blocks: int) -> None:
+        """So many blocks of KV cache are in use by whom it may concern."""
+        self._reserved_blocks += blocks - self._shared_blocks
+        self._shared_blocks = blocks
 
     def raise_to(self, attempt: Attempt, kv_blocks: int) -> None:
         """Record that a request outgrew what it was promised."""
@@ -155,7 +174,7 @@ class Ledger:
                 users[adapter] = users.get(adapter, 0) + 1
         assert users == {digest: share.users for digest, share in self._shares.items()}
         blocks = sum(kv for kv, _ in self._kv.values())
-        blocks += sum(share.blocks for share in self._shares.values())
+        blocks += sum(share.blocks for share in self._shares.values()) + self._shared_blocks
         assert blocks == self._reserved_blocks
 
     def _uncharged_blocks(self, need: Need) -> int:

@@ -131,6 +131,7 @@ class LoadsAhead:
             elif cache.is_evictable(digest) and self._roster.first_wanting(digest) is None:
                 self._dropped.discard(digest)
                 self._memory.drop(digest)
+                self._memory.drop_prefixes(digest)  # of those that needed it so far
                 decisions.append(EvictAdapter(digest, EvictionReason.DROPPED))
         return decisions
 

@@ -8,10 +8,11 @@ EndRequest, FailRequest or ExpireRequest.
 Rules:
 - One RunStep is outstanding at most. What is in it stays untouched until StepFinished; a request
   that must leave meanwhile leaves then.
-- KV cache grows on demand. When blocks run out, idle adapters go, then wanted ones, then the
-  youngest request is preempted and recomputes its known tokens later (`memory`, `batching`). Its
-  adapter is then among the most urgent wanted ones, but not fixed: a fixed one could keep the
-  oldest request from its memory for ever. Chameleon does not preempt; predictions fail, so we do.
+- KV cache grows on demand. When blocks run out, idle adapters and prefixes go, then wanted
+  adapters, then the youngest request is preempted and recomputes its known tokens later (`memory`,
+  `batching`). Its adapter is then among the most urgent wanted ones, but not fixed: a fixed one
+  could keep the oldest request from its memory for ever. Chameleon does not preempt; predictions
+  fail, so we do.
   Where the maximum is reserved, nobody is ever preempted.
 - Of adapters that must be downloaded, `max_loads` are under way at once. One in host memory does
   not wait for them: a store that hangs holds back nobody who does not need it.
@@ -24,6 +25,7 @@ Rules:
 - What steps and loads cost is learned from the time between a decision and its answer (`costfit`).
 """
 
+from dataclasses import replace
 from typing import assert_never
 
 from services.core.admission import Admission
@@ -32,7 +34,13 @@ from services.core.cache import Urgency
 from services.core.config import ReplicaConfig
 from services.core.costfit import CostFit
 from services.core.costs import StepCosts
-from services.core.decisions import EndRequest, ExpireRequest, FailRequest, ReplicaDecision
+from services.core.decisions import (
+    EndRequest,
+    ExpireRequest,
+    FailRequest,
+    ReplicaDecision,
+    StepWork,
+)
 from services.core.events import (
     AdapterDropped,
     AdapterLoaded,
@@ -108,6 +116,7 @@ class ReplicaScheduler:
             case PinsChanged(pins):
                 self._ahead.set_pins(pins)
             case AdapterDropped(digest):
+                self._drop_prefixes(digest, now=now)
                 self._ahead.drop(digest)
             case HostCacheChanged(digests):
                 self._memory.set_near(digests)
@@ -142,19 +151,26 @@ class ReplicaScheduler:
         """What steps and loads cost here; None until enough of them have been measured."""
         return self._fit.costs if self._fit.is_measured else None
 
+    @property
+    def leaked_blocks(self) -> int:
+        """Blocks of the pool that are neither free nor accounted for. Always 0, but for a bug."""
+        return self._memory.leaked_blocks(self._roster.admitted)
+
     def snapshot(self) -> ReplicaSnapshot:
         """The present state, for reports."""
         memory = self._memory
         running = sum(sequence.is_started for sequence in self._roster.admitted)
         return ReplicaSnapshot(
-            kv_blocks=memory.pool.kv_blocks,
+            kv_blocks=memory.pool.kv_blocks - memory.prefixes.idle_blocks,
             adapter_blocks=memory.pool.adapter_blocks,
             free_blocks=memory.pool.free_blocks,
-            evictable_blocks=memory.cache.evictable_blocks,
+            evictable_blocks=memory.evictable_blocks,
             running=running,
             loading=len(self._roster) - running,
             resident=memory.cache.resident(self._ahead.pin_reasons),
             cache=memory.cache.counts,
+            prefix_blocks=memory.prefixes.idle_blocks,
+            prefix=memory.prefixes.counts,
         )
 
     def announcements(self) -> tuple[RunningRequest, ...]:
@@ -163,17 +179,16 @@ class ReplicaScheduler:
 
     def check_integrity(self) -> None:
         """Assert all that must hold between events."""
-        self._memory.check_integrity()
+        self._memory.check_integrity(self._roster.admitted)
         self._deadlines.check_integrity()
         self._roster.check_integrity()
         assert len(self._memory.ledger) == len(self._roster.admitted)
         for sequence in self._roster.admitted:
             assert sequence.attempt in self._memory.ledger
-            assert sequence.held_tokens == sequence.held_blocks * self._capacity.block_tokens
+            assert sequence.held_tokens == len(sequence.blocks) * self._capacity.block_tokens
+            assert sequence.told_blocks <= len(sequence.blocks)
             assert sequence.computed_tokens + sequence.chunk_tokens <= sequence.held_tokens
             assert sequence.passed_layers <= self._capacity.num_layers
-        held_blocks = sum(sequence.held_blocks for sequence in self._roster.admitted)
-        assert held_blocks == self._memory.pool.kv_blocks
         if self._step is None and self._memory.cache.loading == 0:
             assert not len(self._roster), "idle with work to do"
 
@@ -192,6 +207,8 @@ class ReplicaScheduler:
             message = f"request needs more than this worker's {self._capacity.pool_blocks} blocks"
             self._out.append(FailRequest(attempt, LoadFailure.TOO_LARGE, message))
             return
+        if request.prefix_keys and not self._config.prefix_cache:
+            request = replace(request, prefix_keys=())
         self._ahead.note_request(request.adapter, now=now)
         self._roster.add(request)
         self._admission.reconsider()
@@ -237,19 +254,16 @@ class ReplicaScheduler:
         assert self._step is not None, "no step is outstanding"
         step, self._step = self._step, None
         sampled, ended = frozenset(event.sampled), frozenset(event.ended)
+        if event.ended:
+            self._take_keys(step, event, now=now)
         for sequence in step.decodes:
             sequence.finish_step(1, has_sampled=sequence.request_id in sampled, now=now)
         for sequence, work in step.chunks:
-            if work.until_layer is not None:
-                sequence.finish_part(work.until_layer)
-                continue
             has_sampled = sequence.request_id in sampled
-            sequence.finish_step(work.tokens, has_sampled=has_sampled, now=now)
-            if sequence.uncomputed_tokens <= 1:
-                self._roster.end_prompt(sequence)
-                self._admission.reconsider()
+            self._finish_chunk(sequence, work, has_sampled=has_sampled, now=now)
         if ended <= sampled and step.is_whole:  # nobody failed
             self._fit.learn_step(step.shape, now - step.began_s)
+            self._memory.prefill_token_s = self._fit.costs.prefill_token_s
         for sequence, samples in step.due():
             if sequence.request_id in ended:
                 self._leave(sequence.attempt, EndRequest(sequence.attempt), now=now)
@@ -262,6 +276,41 @@ class ReplicaScheduler:
             self._on_load_failed(failure, now=now)
         loads = self._admission.finish_step(has_decodes=bool(step.decodes), now=now)
         self._out.extend(loads)
+
+    def _finish_chunk(
+        self, sequence: Sequence, work: StepWork, *, has_sampled: bool, now: float
+    ) -> None:
+        if work.until_layer is not None:
+            sequence.finish_part(work.until_layer)
+            return
+        sequence.finish_step(work.tokens, has_sampled=has_sampled, now=now)
+        if sequence.keys:
+            self._memory.list_prefix(sequence, now=now)
+        if sequence.uncomputed_tokens <= 1:
+            self._roster.end_prompt(sequence)
+            self._admission.reconsider()
+
+    def _take_keys(self, step: Step, event: StepFinished, *, now: float) -> None:
+        """The whole of a request that ended well can be found again, of one that failed nothing."""
+        ended, more_keys = frozenset(event.ended), dict(event.more_keys)
+        failed = ended.difference(event.sampled)
+        if not failed and not (more_keys and self._config.prefix_cache):
+            return
+        for sequence, _ in step.due():
+            if sequence.request_id in failed:
+                sequence.keys = ()
+                self._drop_prefixes(sequence.digest, now=now)
+            elif self._config.prefix_cache:
+                sequence.keys += more_keys.get(sequence.request_id, ())
+
+    def _drop_prefixes(self, digest: AdapterDigest | None, *, now: float) -> None:
+        """What was computed with it is not used again; who was to begin with it waits again."""
+        self._memory.drop_prefixes(digest)
+        for sequence in [*self._roster.admitted]:
+            if not sequence.is_started and sequence.cached and sequence.digest == digest:
+                self._memory.release(sequence, now=now)
+                self._roster.put_back(sequence)
+                self._admission.reconsider()
 
     def _leave(self, attempt: Attempt, decision: EndRequest | ExpireRequest, *, now: float) -> None:
         sequence = self._roster.get(attempt)

@@ -3,6 +3,7 @@
 from services.core.decisions import EndRequest, ExpireRequest, StepWork
 from services.core.events import RunningRequest
 from services.core.ledger import Need, need_of_tokens
+from services.core.prefix import CachedBlock
 from services.core.types import Capacity, Request, Reserve
 
 
@@ -18,15 +19,17 @@ class Sequence:
 
     __slots__ = (
         "attempt",
+        "blocks",
+        "cached",
         "chunk_tokens",
         "computed_tokens",
         "decode",
         "digest",
         "first_token_s",
-        "held_blocks",
         "held_tokens",
         "is_admitted",
         "is_started",
+        "keys",
         "known_tokens",
         "leave_as",
         "order",
@@ -36,6 +39,7 @@ class Sequence:
         "ready_layers",
         "request",
         "request_id",
+        "told_blocks",
     )
 
     def __init__(self, request: Request, order: int) -> None:
@@ -46,14 +50,17 @@ class Sequence:
         self.digest = request.adapter.digest if request.adapter is not None else None
         self.rank = request.adapter.rank if request.adapter is not None else 0
         self.decode = StepWork(self.request_id, 1, samples=True)  # its work in every decode step
+        self.keys = request.prefix_keys  # of its full blocks, as far as they are known
         self.known_tokens = request.context_tokens
         self.computed_tokens = 0
         self.chunk_tokens = 0  # of the chunk that has passed some layers; 0: there is none
         self.passed_layers = 0  # by that chunk
         self.ready_layers: int | None = None
-        self.held_blocks = 0  # of KV cache
+        self.blocks: list[int] = []  # of KV cache, in order
+        self.cached: list[CachedBlock] = []  # what the first so many of them are, listed ones
+        self.told_blocks = 0  # the first so many of them the engine knows
         self.held_tokens = 0  # that they have room for
-        self.promised_blocks = 0
+        self.promised_blocks = 0  # besides those that are listed
         self.first_token_s: float | None = None
         self.is_admitted = False
         self.is_started = False
@@ -63,6 +70,11 @@ class Sequence:
     def generated_tokens(self) -> int:
         """Tokens that this attempt has sampled."""
         return self.known_tokens - self.request.context_tokens
+
+    @property
+    def own_blocks(self) -> int:
+        """Blocks that nobody else can use."""
+        return len(self.blocks) - len(self.cached)
 
     @property
     def uncomputed_tokens(self) -> int:
@@ -109,7 +121,8 @@ class Sequence:
         """Its KV cache is gone: all known tokens are to be computed again."""
         self.computed_tokens = self.chunk_tokens = self.passed_layers = 0
         self.ready_layers = None
-        self.held_blocks = self.held_tokens = self.promised_blocks = 0
+        self.blocks, self.cached = [], []
+        self.told_blocks = self.held_tokens = self.promised_blocks = 0
         self.is_admitted = False
         self.is_started = False
 

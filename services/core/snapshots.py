@@ -92,14 +92,25 @@ class CacheCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaSnapshot:
-    """What a worker holds. kv, adapter and free blocks add up to the pool."""
+class PrefixCounts:
+    """What a worker's prefix cache came to since it started. The counts only grow."""
 
-    kv_blocks: int
+    queried_tokens: int = 0  # of contexts that requests began with
+    hit_tokens: int = 0  # of those, that were there and not computed again
+    evicted_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSnapshot:
+    """What a worker holds. kv, prefix, adapter and free blocks add up to the pool."""
+
+    kv_blocks: int  # of admitted requests
     adapter_blocks: int  # loading ones included
     free_blocks: int
-    evictable_blocks: int  # those of adapter_blocks that could be had at once
+    evictable_blocks: int  # of adapters and prefixes, that could be had at once
     running: int  # requests with an open sequence
     loading: int  # requests that wait for their adapter or for memory
     resident: tuple[ResidentAdapter, ...]
     cache: CacheCounts = CacheCounts()
+    prefix_blocks: int = 0  # of cached prefixes that no request here uses
+    prefix: PrefixCounts = PrefixCounts()

@@ -5,7 +5,8 @@ admission every ten steps, Chameleon's queues with its adapter cache. A system i
 cluster machine and for the replica machines, live and simulated.
 
 Each policy is a system of its own name, on our admission and steps, so that orders can be compared
-with all else equal. Those that bring their own:
+with all else equal; those of UELLM have no prefix cache, as in the paper, nor have those below.
+Those that bring their own:
 
 - `slora`: S-LoRA as coded. First come, first served at each worker; the longest output is reserved;
   admission every ten decode steps; new prompts computed whole while decodes wait; adapters dropped
@@ -29,6 +30,7 @@ from services.core.types import Reserve
 # LightLLM, which S-LoRA is built on: a sixth of the KV tokens; 60,000 of them on the papers' card.
 _BATCH_MAX_TOKENS: Final = 10_000
 _UNBOUNDED_S: Final = float("inf")
+_UELLM: Final = ("static", "slo_odbs", "slo_dbs", "odbs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ _SLORA: Final = System(
         reserve=Reserve.MAX,
         prefill_tokens_per_step=_BATCH_MAX_TOKENS,
         keeps_idle_adapters=False,
+        prefix_cache=False,
     ),
 )
 _SLORA_STRONG: Final = replace(
@@ -69,6 +72,7 @@ _CHAMELEON: Final = System(
         stepping="whole",
         prefill_tokens_per_step=_BATCH_MAX_TOKENS,
         eviction="chameleon",
+        prefix_cache=False,
     ),
 )
 _BUILT: Final = (
@@ -93,7 +97,13 @@ _BUILT: Final = (
     replace(_CHAMELEON, name="chameleon-no-queues", policy="fifo"),
     replace(_CHAMELEON, name="chameleon-lru", replica=replace(_CHAMELEON.replica, eviction="lru")),
 )
+
+
+def _replica_of(policy: str) -> ReplicaConfig:
+    return ReplicaConfig(prefix_cache=policy not in _UELLM)
+
+
 SYSTEMS: Final[dict[str, System]] = {
-    **{name: System(name, name) for name in POLICY_NAMES},
+    **{name: System(name, name, replica=_replica_of(name)) for name in POLICY_NAMES},
     **{system.name: system for system in _BUILT},
 }

@@ -1,6 +1,6 @@
 """The values that events and decisions carry: requests, adapters and what a worker can hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, NewType
 
@@ -52,7 +52,8 @@ class Request:
     """A request as both machines see it: sizes, owner and urgency, but not its tokens.
 
     `context_tokens` counts the tokens known at submission: the prompt and, on a later attempt,
-    the output that the client has already. `prior_output_tokens` is that output.
+    the output that the client has already. `prior_output_tokens` is that output. `prefix_keys` are
+    those of the context's full blocks (`services.core.prefix_keys`); none: it shares nothing.
     """
 
     attempt: Attempt
@@ -67,6 +68,7 @@ class Request:
     priority: int
     arrived_s: float
     deadline_s: float | None
+    prefix_keys: tuple[bytes, ...] = field(default=(), repr=False)
 
     @property
     def remaining_output_tokens(self) -> int:

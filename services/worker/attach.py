@@ -43,6 +43,7 @@ class Identity:
     address: str
     info: EngineInfo
     capacity: Capacity
+    caches_prefixes: bool
 
 
 class SchedulerLostError(Exception):
@@ -252,7 +253,12 @@ class SchedulerLink:
             _log.warning("anonymous_work_item", request_id=item.request_id[:64])
             return
         try:
-            work = wire.work_from(item, self._identity.info, now=time.monotonic())
+            work = wire.work_from(
+                item,
+                self._identity.info,
+                caches_prefixes=self._identity.caches_prefixes,
+                now=time.monotonic(),
+            )
         except RpcError as error:
             self._driver.refuse(attempt, GatewayId(item.gateway_id), error)
         else:

@@ -61,6 +61,17 @@ class WorkerSettings(ServiceSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    tier: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="what computes on the CPU: native (compiled code, bfloat16) or torch; auto: "
+        "native where it can serve, and the log says why if not",
+    )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="devices that the model is split over; on the CPU, processes",
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="compute threads; absent: one per physical core"
     )
@@ -103,6 +114,11 @@ class WorkerSettings(ServiceSettings):
     )
     keeps_idle_adapters: bool | None = Field(
         default=None, description="keep adapters in memory after their last user"
+    )
+    prefix_cache: bool | None = Field(
+        default=None,
+        description="keep what was computed for a request for the next one of its tenant and "
+        "adapter that begins alike",
     )
     eviction: str | None = Field(
         default=None, description="of idle adapters: " + ", ".join(EVICTION_NAMES)
@@ -155,6 +171,12 @@ class WorkerSettings(ServiceSettings):
         host = self.listen.rpartition(":")[0]
         if self.advertise is None and host in _WILDCARDS:
             raise ValueError(f"a worker that listens on {host} needs advertise")
+        return self
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> Self:
+        if self.engine == "simulated" and self.tensor_parallel > 1:
+            raise ValueError("the simulated engine has one device: tensor_parallel needs a model")
         return self
 
     @field_validator("system")

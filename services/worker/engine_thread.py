@@ -18,8 +18,10 @@ import structlog
 
 from services.common.adapter_container import ContainerHeader
 from services.worker.engine import (
+    DistributedEngine,
     Engine,
     EngineInfo,
+    EngineLostError,
     SampledToken,
     Sampling,
     SequenceFailure,
@@ -59,6 +61,14 @@ class EngineThread:
             str, Callable[[], None]
         ] = {}  # adapters to remove once nobody uses them
         self._engine: Engine | None = None
+        self._is_stopped = False
+        self._end_engine: Callable[[], None] = _nothing  # if it has parts that must be ended
+        self._on_lost: Callable[[], None] = _nothing
+        self.lost: EngineLostError | None = None  # once a part of the engine is gone
+
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        """Call it on the event loop when the engine is lost, whatever it was doing."""
+        self._on_lost = on_lost
 
     async def start(self) -> EngineInfo:
         """Build the engine and run its first steps, which are the slowest. Raises as it does."""
@@ -90,15 +100,29 @@ class EngineThread:
             self._executor.submit(self._perform, operations)
 
     async def stop(self) -> None:
-        """Wait for what was begun, and end the thread."""
-        self.flush()
+        """Wait for what was begun, and end the thread. A second call does no more."""
+        if not self._is_stopped:
+            self._is_stopped = True
+            self.flush()
+            self._executor.submit(self._end)
         await asyncio.to_thread(self._executor.shutdown)
+
+    def _lose(self, error: EngineLostError) -> None:
+        self.lost = error
+        self._on_lost()
 
     # --- on a loader thread, while steps run ------------------------------------------------
 
-    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
+    def begin_adapter(
+        self,
+        digest: str,
+        header: ContainerHeader,
+        payload: memoryview,
+        *,
+        blocks: tuple[int, ...],
+    ) -> None:
         """See `Engine`."""
-        self._ready.begin_adapter(digest, header, payload)
+        self._ready.begin_adapter(digest, header, payload, blocks=blocks)
 
     def extend_adapter(self, digest: str, layers: int) -> None:
         """See `Engine`."""
@@ -113,13 +137,19 @@ class EngineThread:
 
     def _start(self) -> EngineInfo:
         self._engine = engine = self._build()
-        tokens = min(WARM_UP_TOKENS, engine.info.max_context_tokens - 1)
+        if isinstance(engine, DistributedEngine):
+            self._end_engine = engine.close
+            engine.watch(self._note_loss)
+        info = engine.info
+        pool_tokens = info.pool_blocks * info.block_tokens
+        tokens = min(WARM_UP_TOKENS, info.max_context_tokens - 1, pool_tokens - 1)
+        blocks = tuple(range(-(-(tokens + 1) // info.block_tokens)))  # nobody has any yet
         spec = SequenceSpec("warm-up", (0,) * tokens, tokens, None, Sampling(), max_tokens=2)
         engine.open_sequence(spec)
-        engine.step([StepItem(spec.sequence_id, tokens)])
+        engine.step([StepItem(spec.sequence_id, tokens, new_blocks=blocks)])
         engine.step([StepItem(spec.sequence_id, 1)])
         engine.close_sequence(spec.sequence_id)
-        return engine.info
+        return info
 
     def _step(
         self,
@@ -139,6 +169,13 @@ class EngineThread:
             error = raised
         ended = StepEnded(results, unopened, start_s, time.monotonic(), error)
         self._loop.call_soon_threadsafe(on_end, ended)
+
+    def _note_loss(self, error: EngineLostError) -> None:
+        """Called on any thread, before whatever call fails because of it has returned."""
+        self._loop.call_soon_threadsafe(self._lose, error)
+
+    def _end(self) -> None:
+        self._end_engine()
 
     def _perform(self, operations: list[_Operation]) -> None:
         for operation in operations:
@@ -169,3 +206,7 @@ class EngineThread:
             self._ready.remove_adapter(digest)
         finally:
             self._loop.call_soon_threadsafe(on_removed)
+
+
+def _nothing() -> None:
+    """Nothing is to be done."""

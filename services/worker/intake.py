@@ -22,7 +22,14 @@ _FEED_BYTES: Final = 2**21  # hashed between two looks at what is complete
 class AdapterEngine(Protocol):
     """What a loader thread may call, see `Engine`."""
 
-    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None: ...
+    def begin_adapter(
+        self,
+        digest: str,
+        header: ContainerHeader,
+        payload: memoryview,
+        *,
+        blocks: tuple[int, ...],
+    ) -> None: ...
 
     def extend_adapter(self, digest: str, layers: int) -> None: ...
 
@@ -39,6 +46,7 @@ class Intake:
         adapter: Adapter,
         blob: memoryview,
         *,
+        blocks: tuple[int, ...],
         engine: AdapterEngine,
         num_layers: int,
         parts_max: int,
@@ -47,6 +55,7 @@ class Intake:
         self.has_begun = False  # the engine knows of it, and must be told to remove it
         self._adapter = adapter
         self._blob = blob
+        self._blocks = blocks
         self._engine = engine
         self._num_layers = num_layers
         self._parts = parts(num_layers, parts_max)
@@ -78,7 +87,7 @@ class Intake:
                 raise ContainerError(
                     f"{header.total_bytes} bytes, where {self._adapter.size_bytes} were promised"
                 )
-            begin(self._engine, self._adapter, header, self._blob)
+            begin(self._engine, self._adapter, header, blob=self._blob, blocks=self._blocks)
             self.has_begun = True
         layers = self._num_layers
         if not self._verifier.is_complete:
@@ -151,8 +160,13 @@ def parts(num_layers: int, parts_max: int) -> list[int]:
 
 
 def begin(
-    engine: AdapterEngine, adapter: Adapter, header: ContainerHeader, blob: memoryview
+    engine: AdapterEngine,
+    adapter: Adapter,
+    header: ContainerHeader,
+    *,
+    blob: memoryview,
+    blocks: tuple[int, ...],
 ) -> None:
-    """Tell the engine where the rows of a blob are or will be."""
+    """Tell the engine where the rows of a blob are or will be, and which blocks they may take."""
     payload = blob[header.payload_offset : header.total_bytes]
-    engine.begin_adapter(adapter.digest, header, payload)
+    engine.begin_adapter(adapter.digest, header, payload, blocks=blocks)

@@ -36,13 +36,17 @@ class Loads:
         self._told: set[AdapterDigest] = set()  # of those, the core knows
         self._near: frozenset[AdapterDigest] = frozenset()  # as the core was told
 
-    def begin(self, adapter: Adapter) -> None:
+    def begin(self, adapter: Adapter, blocks: tuple[int, ...]) -> None:
         """The download happens inside the span of the first request that waits for it."""
         first = next(iter(self._roster.awaiting(adapter.digest)), None)
         offset_ns = time.time_ns() - time.monotonic_ns()
         context = first.open_load_span(offset_ns=offset_ns) if first is not None else None
         self._residency.load(
-            adapter, context=context, on_progress=self._on_progress, on_ended=self._on_ended
+            adapter,
+            blocks=blocks,
+            context=context,
+            on_progress=self._on_progress,
+            on_ended=self._on_ended,
         )
 
     def error_of(self, digest: AdapterDigest | None) -> RpcError | None:

@@ -27,6 +27,9 @@ PREFETCHES: Final = "calumma.worker.adapter.prefetches"
 OUTPUT_TOKENS: Final = "calumma.worker.output_tokens"
 REQUESTS: Final = "calumma.worker.requests"
 POOL_BLOCKS: Final = "calumma.worker.pool.blocks"
+LEAKED_BLOCKS: Final = "calumma.worker.pool.leaked_blocks"
+PREFIX_TOKENS: Final = "calumma.worker.prefix.tokens"
+PREFIX_EVICTIONS: Final = "calumma.worker.prefix.evictions"
 
 _STEPS_REMEMBERED: Final = 33
 _STEP_BOUNDS_S: Final = [0.001 * 2 ** (i / 2) for i in range(24)]  # 1 ms to 2.9 s
@@ -104,10 +107,29 @@ class Measures:
             POOL_BLOCKS,
             callbacks=[self._observe_blocks],
             unit="{block}",
-            description="Blocks of the memory pool, by use: kv, adapter, free",
+            description="Blocks of the memory pool, by use: kv, prefix, adapter, free",
+        )
+        meter.create_observable_gauge(
+            LEAKED_BLOCKS,
+            callbacks=[self._observe_leaks],
+            unit="{block}",
+            description="Blocks of the memory pool that nothing accounts for: 0, but for a bug",
+        )
+        meter.create_observable_counter(
+            PREFIX_TOKENS,
+            callbacks=[self._observe_prefix_tokens],
+            unit="{token}",
+            description="Tokens of contexts, by outcome: cached, or computed",
+        )
+        meter.create_observable_counter(
+            PREFIX_EVICTIONS,
+            callbacks=[self._observe_prefix_evictions],
+            unit="{block}",
+            description="Blocks of cached prefixes that gave way to requests or adapters",
         )
         self._recent_s: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
         self._snapshot: ReplicaSnapshot | None = None
+        self._leaked_blocks = 0
         self.steps = 0
         self.output_tokens = 0
         self.tiers: Counter[Tier] = Counter()  # of requests with an adapter, when they came
@@ -160,9 +182,10 @@ class Measures:
         self.evictions += 1
         self._evictions.add(1, {"reason": reason})
 
-    def show(self, snapshot: ReplicaSnapshot) -> None:
+    def show(self, snapshot: ReplicaSnapshot, *, leaked_blocks: int = 0) -> None:
         """Let the gauges read this from now on."""
         self._snapshot = snapshot
+        self._leaked_blocks = leaked_blocks
 
     def _observe_requests(self, _options: CallbackOptions) -> Iterable[Observation]:
         if (snapshot := self._snapshot) is not None:
@@ -178,5 +201,20 @@ class Measures:
     def _observe_blocks(self, _options: CallbackOptions) -> Iterable[Observation]:
         if (snapshot := self._snapshot) is not None:
             yield Observation(snapshot.kv_blocks, {"use": "kv"})
+            yield Observation(snapshot.prefix_blocks, {"use": "prefix"})
             yield Observation(snapshot.adapter_blocks, {"use": "adapter"})
             yield Observation(snapshot.free_blocks, {"use": "free"})
+
+    def _observe_leaks(self, _options: CallbackOptions) -> Iterable[Observation]:
+        yield Observation(self._leaked_blocks)
+
+    def _observe_prefix_tokens(self, _options: CallbackOptions) -> Iterable[Observation]:
+        if (snapshot := self._snapshot) is not None:
+            counts = snapshot.prefix
+            yield Observation(counts.hit_tokens, {"outcome": "cached"})
+            computed_tokens = counts.queried_tokens - counts.hit_tokens
+            yield Observation(computed_tokens, {"outcome": "computed"})
+
+    def _observe_prefix_evictions(self, _options: CallbackOptions) -> Iterable[Observation]:
+        if (snapshot := self._snapshot) is not None:
+            yield Observation(snapshot.prefix.evicted_blocks)

@@ -13,9 +13,18 @@ from opentelemetry.trace import Span, Status, StatusCode
 
 from services.common import telemetry
 from services.common.errors import RpcError
+from services.core.prefix_keys import block_keys
 from services.core.types import AdapterDigest, Attempt, Request
 from services.worker.engine import SampledToken, Sampling, SequenceSpec
 from services.worker.outputs import Ending, Finish, Output, Tier, Timings, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """How the blocks of a request are named, see `services.core.prefix_keys`."""
+
+    root: bytes
+    block_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,7 @@ class Work:
     min_tokens: int
     traceparent: str
     queue_s: float
+    prefix: Prefix | None = None  # None: it shares nothing
 
     @property
     def attempt(self) -> Attempt:
@@ -80,8 +90,8 @@ class LiveRequest:
     def awaits_adapter(self) -> bool:
         return self.adapter_ready_s is None and self.output.ending is None
 
-    def spec(self) -> SequenceSpec:
-        """The sequence to open, with all tokens known by now."""
+    def spec(self, blocks: tuple[int, ...] = (), *, computed_tokens: int = 0) -> SequenceSpec:
+        """The sequence to open, with all tokens known by now, of which the first are computed."""
         work = self.work
         return SequenceSpec(
             sequence_id=self.sequence_id,
@@ -90,6 +100,8 @@ class LiveRequest:
             adapter_digest=work.digest,
             sampling=work.sampling,
             max_tokens=work.request.max_output_tokens,
+            blocks=blocks,
+            computed_tokens=computed_tokens,
         )
 
     def accept(self, token: SampledToken, *, now: float) -> Finish | None:
@@ -106,6 +118,16 @@ class LiveRequest:
             output.logprobs.append(TokenLogprobs(token.token_id, token.logprob, token.top))
         is_full = output.end_position >= self.work.request.max_output_tokens
         return Finish.LENGTH if is_full else None
+
+    def more_keys(self) -> tuple[bytes, ...]:
+        """Of the full blocks of prompt and output, behind those that the core knows already."""
+        prefix, known = self.work.prefix, self.work.request.prefix_keys
+        if prefix is None:
+            return ()
+        block_tokens = prefix.block_tokens
+        token_ids = (*self.work.token_ids, *self.output.token_ids)[len(known) * block_tokens :]
+        before = known[-1] if known else prefix.root
+        return block_keys(before, token_ids, block_tokens=block_tokens)
 
     def end(self, finish: Finish, *, error: RpcError | None = None) -> None:
         """Fix its ending. Once."""

@@ -55,6 +55,7 @@ class HeldAdapter:
 @dataclass(slots=True)
 class _Load:
     adapter: Adapter
+    blocks: tuple[int, ...]  # of the pool
     tier: Tier  # where it comes from
     slab: Slab
     asked_s: float
@@ -138,11 +139,16 @@ class Residency:
         self,
         adapter: Adapter,
         *,
+        blocks: tuple[int, ...],
         context: Context | None,
         on_progress: OnProgress,
         on_ended: OnEnded,
     ) -> None:
-        """Begin to bring the adapter into device memory. `context`: the span it happens in."""
+        """Begin to bring the adapter into these blocks. `context`: the span it happens in.
+
+        They are the adapter's until it was evicted, or until the end of a load that failed. By then
+        no loader thread writes to them any more.
+        """
         digest = adapter.digest
         assert digest not in self._loads
         assert digest not in self._device
@@ -153,7 +159,7 @@ class Residency:
             failure = _as_rpc_error(error, adapter)
             asyncio.get_running_loop().call_soon(on_ended, digest, failure)
             return
-        load = self._loads[digest] = _Load(adapter, tier, slab, time.monotonic())
+        load = self._loads[digest] = _Load(adapter, blocks, tier, slab, time.monotonic())
 
         async def run() -> None:
             otel_context.attach(context or Context())
@@ -244,6 +250,7 @@ class Residency:
         intake = Intake(
             load.adapter,
             view,
+            blocks=load.blocks,
             engine=self._engine,
             num_layers=self.num_layers,
             parts_max=self._parts_max,
@@ -282,7 +289,8 @@ class Residency:
         def hand_over() -> None:
             nonlocal began_s
             began_s = time.monotonic()
-            begin(self._engine, load.adapter, read_header(load.slab.view), load.slab.view)
+            view = load.slab.view
+            begin(self._engine, load.adapter, read_header(view), blob=view, blocks=load.blocks)
             load.in_engine = True
             parts_max = self._parts_max if self._is_copied else 1
             for layers in parts(self.num_layers, parts_max):

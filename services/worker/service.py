@@ -62,6 +62,8 @@ async def start(
         await engine.stop()
         raise
     _log.info("engine_ready", engine=info.description, pool_blocks=info.pool_blocks)
+    if info.without_native is not None:
+        _log.info("no_native_step", reason=info.without_native)
     worker = Worker(settings, engine, info, arena=arena, on_failure=on_failure)
     await worker.start()
     return worker
@@ -136,6 +138,7 @@ class Worker:
             address=self.settings.advertise or self._address,
             info=self._info,
             capacity=_capacity(self._info),
+            caches_prefixes=self.settings.replica().prefix_cache,
         )
         self._link = SchedulerLink(
             self._scheduler_channel,
@@ -222,6 +225,7 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
         model=None if model is None else locate(model),
         device=_device(settings),
         dtype=settings.dtype,
+        tier=settings.tier,
         max_sequences=settings.max_requests,
         max_context_tokens=settings.max_context_tokens,
         memory_bytes=settings.memory_bytes,
@@ -229,6 +233,7 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
         profile=settings.profile,
         seed=settings.seed,
         threads=settings.thread_count,
+        tensor_parallel=settings.tensor_parallel,
     )
 
 
@@ -244,7 +249,8 @@ def _device(settings: WorkerSettings) -> Literal["cpu", "cuda"]:
 
 def _copies_adapters(settings: WorkerSettings) -> bool:
     """Whether the engine copies adapters; else it uses host memory as it is."""
-    return settings.engine == "simulated" or _device(settings) == "cuda"
+    is_split = settings.tensor_parallel > 1  # each shard has its own part
+    return settings.engine == "simulated" or _device(settings) == "cuda" or is_split
 
 
 def _capacity(info: EngineInfo) -> Capacity:

@@ -78,6 +78,9 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
             output_tokens=self._measures.output_tokens,
             draining=not self._driver.is_accepting,
             adapter_cache=wire.cache_counts_to(self._measures, snapshot.cache),
+            prefix_blocks=snapshot.prefix_blocks,
+            leaked_blocks=self._driver.leaked_blocks,
+            prefix_cache=wire.prefix_counts_to(snapshot.prefix),
         )
 
     async def Drain(self, request: pb.DrainRequest, context: _Context) -> pb.DrainResponse:

@@ -17,7 +17,8 @@ from calumma.worker.v1 import worker_pb2
 from services.common.errors import Reason, RpcError
 from services.core.costs import StepCosts
 from services.core.events import ResidentAdapter
-from services.core.snapshots import CacheCounts, ReplicaSnapshot
+from services.core.prefix_keys import block_keys, root_key
+from services.core.snapshots import CacheCounts, PrefixCounts, ReplicaSnapshot
 from services.core.types import (
     Adapter,
     AdapterDigest,
@@ -32,7 +33,7 @@ from services.worker.engine import EngineInfo, Sampling
 from services.worker.measures import Measures
 from services.worker.outputs import Ending, Finish, Slice, Tier, Timings, TokenLogprobs
 from services.worker.reports import Finished, Prefilled, Report, Started
-from services.worker.requests import LiveRequest, Work
+from services.worker.requests import LiveRequest, Prefix, Work
 from services.worker.residency import HeldAdapter
 from services.worker.streams import Frame
 
@@ -70,7 +71,9 @@ def item_attempt(item: scheduler_pb2.WorkItem) -> Attempt | None:
     return Attempt(RequestId(item.request_id), item.attempt)
 
 
-def work_from(item: scheduler_pb2.WorkItem, info: EngineInfo, *, now: float) -> Work:
+def work_from(
+    item: scheduler_pb2.WorkItem, info: EngineInfo, *, caches_prefixes: bool, now: float
+) -> Work:
     """Check a work item. Raises RpcError with the field at fault."""
     tokens = len(item.token_ids)
     _check_tokens(item, info)
@@ -82,11 +85,13 @@ def work_from(item: scheduler_pb2.WorkItem, info: EngineInfo, *, now: float) -> 
     if not stopping.ignore_eos:
         stop_ids |= frozenset(info.eos_token_ids)
     time_left_s = item.time_left.ToNanoseconds() / 1e9 if item.HasField("time_left") else None
+    adapter = adapter_from(item.adapter) if item.HasField("adapter") else None
+    prefix = _prefix_of(adapter, item.tenant, info) if caches_prefixes else None
     request = Request(
         attempt=Attempt(RequestId(item.request_id), item.attempt),
         gateway_id=GatewayId(item.gateway_id),
         tenant_id=TenantId(item.tenant),
-        adapter=adapter_from(item.adapter) if item.HasField("adapter") else None,
+        adapter=adapter,
         context_tokens=tokens,
         prior_output_tokens=tokens - item.prompt_tokens,
         max_output_tokens=min(stopping.max_tokens, info.max_context_tokens - item.prompt_tokens),
@@ -95,6 +100,7 @@ def work_from(item: scheduler_pb2.WorkItem, info: EngineInfo, *, now: float) -> 
         priority=item.priority,
         arrived_s=now,
         deadline_s=None if time_left_s is None else now + time_left_s,
+        prefix_keys=_prefix_keys(prefix, item.token_ids),
     )
     return Work(
         request=request,
@@ -105,7 +111,20 @@ def work_from(item: scheduler_pb2.WorkItem, info: EngineInfo, *, now: float) -> 
         min_tokens=stopping.min_tokens,
         traceparent=item.traceparent,
         queue_s=item.queue_s if math.isfinite(item.queue_s) else 0.0,
+        prefix=prefix,
     )
+
+
+def _prefix_of(adapter: Adapter | None, salt: str, info: EngineInfo) -> Prefix:
+    """What was computed is shared within a tenant, by requests with the same adapter."""
+    root = root_key(adapter.digest if adapter is not None else None, salt)
+    return Prefix(root, info.block_tokens)
+
+
+def _prefix_keys(prefix: Prefix | None, token_ids: Sequence[int]) -> tuple[bytes, ...]:
+    if prefix is None:
+        return ()
+    return block_keys(prefix.root, token_ids, block_tokens=prefix.block_tokens)
 
 
 def adapter_from(ref: common_pb2.AdapterRef) -> Adapter:
@@ -350,6 +369,14 @@ def adapter_states_to(
             state.num_layers = num_layers
         states.append(state)
     return states
+
+
+def prefix_counts_to(counts: PrefixCounts) -> worker_pb2.PrefixCacheCounts:
+    return worker_pb2.PrefixCacheCounts(
+        queried_tokens=counts.queried_tokens,
+        hit_tokens=counts.hit_tokens,
+        evicted_blocks=counts.evicted_blocks,
+    )
 
 
 def cache_counts_to(measures: Measures, counts: CacheCounts) -> worker_pb2.AdapterCacheCounts:

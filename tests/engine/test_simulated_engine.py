@@ -22,6 +22,7 @@ from services.worker.engine import (
 )
 from services.worker.engine.profiles import PROFILES
 from services.worker.engine.simulated import SimulatedEngine, output_tokens
+from tests.support.own_blocks import OwnBlocks
 
 _A40 = PROFILES["a40-llama-7b"]
 _EOS = 2
@@ -36,7 +37,7 @@ def sleeps() -> list[float]:
 @pytest.fixture
 def engine(sleeps: list[float]) -> SimulatedEngine:
     info = build_engine(EngineSettings(kind="simulated")).info
-    return SimulatedEngine(info, _A40, sleep=sleeps.append, clock=lambda: 0.0)
+    return OwnBlocks(info, _A40, sleep=sleeps.append, clock=lambda: 0.0)
 
 
 def _spec(
@@ -60,11 +61,12 @@ def _run(engine: Engine, item: SequenceSpec, steps: int) -> list[int]:
     engine.open_sequence(item)
     tokens: list[int] = []
     count = len(item.token_ids)
+    blocks = tuple(range(-(-(count + steps) // engine.info.block_tokens)))
     for _ in range(steps):
-        (token,) = engine.step([StepItem(item.sequence_id, count)])
+        (token,) = engine.step([StepItem(item.sequence_id, count, new_blocks=blocks)])
         assert isinstance(token, SampledToken)
         tokens.append(token.token_id)
-        count = 1
+        count, blocks = 1, ()
     engine.close_sequence(item.sequence_id)
     return tokens
 

@@ -162,7 +162,8 @@ async def test_a_later_attempt_may_come_at_the_moment_when_the_adapter_is_there(
 
         def loaded_and_dispatched(digest: AdapterDigest, error: RpcError | None) -> None:
             loaded(digest, error)
-            driver.dispatch(work_from(later, INFO, now=time.monotonic()))
+            work = work_from(later, INFO, caches_prefixes=True, now=time.monotonic())
+            driver.dispatch(work)
 
         loads._on_ended = loaded_and_dispatched  # type: ignore[method-assign]
         await it.scheduler.dispatch(item)

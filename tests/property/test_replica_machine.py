@@ -14,7 +14,16 @@ from services.core import events as on
 from services.core.costs import StepCosts
 from services.core.eviction import EVICTION_NAMES
 from services.core.replica import ReplicaConfig, ReplicaScheduler
-from services.core.types import Adapter, AdapterDigest, Attempt, Capacity, Pin, RequestId, Reserve
+from services.core.types import (
+    Adapter,
+    AdapterDigest,
+    Attempt,
+    Capacity,
+    Pin,
+    Request,
+    RequestId,
+    Reserve,
+)
 from tests.unit.core.core_world import CheckingEngine, adapter, request
 
 ADAPTERS = [adapter(f"a{index}", blocks=1 + 3 * index) for index in range(6)]
@@ -48,6 +57,7 @@ class ReplicaMachine(RuleBasedStateMachine):
                 "pin_share": st.sampled_from([0.5, 1.0]),
                 "forecast_s": st.sampled_from([0.0, 4.0]),
                 "overlap_min_share": st.sampled_from([0.01, 0.25, 1.0]),
+                "prefix_cache": st.sampled_from([True, True, True, False]),
             }
         ),
     )
@@ -109,6 +119,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         predicted=st.sampled_from([1, 5, 20, 60]),
         output=st.integers(1, 60),
         patience_s=st.none() | st.none() | st.floats(0.0, 5.0),
+        text=st.text("ab", max_size=6),
     )
     def dispatch(
         self,
@@ -119,6 +130,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         predicted: int,
         output: int,
         patience_s: float | None,
+        text: str,
     ) -> None:
         number = 1 + sum(known.request_id == f"r{name}" for known in self.dispatched)
         new = request(
@@ -129,7 +141,33 @@ class ReplicaMachine(RuleBasedStateMachine):
             output=predicted,
             output_max=60,
             deadline_s=None if patience_s is None else self.now + patience_s,
+            text=text[: context // self.engine.limits.block_tokens],
         )
+        self.send(new, output)
+
+    @rule(
+        name=st.integers(0, 12),
+        using=st.sampled_from([None, ADAPTERS[0]]),
+        text=st.sampled_from(["aaa", "aaaaaaaa", "aaab", "aaaboo", "aaaaaaaao"]),
+        rest_tokens=st.integers(0, 15),
+        output=st.integers(1, 30),
+    )
+    def talk(
+        self, *, name: int, using: Adapter | None, text: str, rest_tokens: int, output: int
+    ) -> None:
+        """One that begins as others do, perhaps with what another one has answered."""
+        new = request(
+            f"r{name}",
+            number=1 + sum(known.request_id == f"r{name}" for known in self.dispatched),
+            using=using,
+            context=len(text) * self.engine.limits.block_tokens + rest_tokens,
+            output=10,
+            output_max=60,
+            text=text,
+        )
+        self.send(new, output)
+
+    def send(self, new: Request, output: int) -> None:
         self.outputs[new.attempt.request_id] = output
         self.dispatched.append(new.attempt)
         self.engine.receive(new)
@@ -150,6 +188,7 @@ class ReplicaMachine(RuleBasedStateMachine):
 
     @rule(dropped=st.sampled_from(ADAPTERS))
     def drop(self, dropped: Adapter) -> None:
+        self.engine.forget(dropped.digest)
         self.handle(on.AdapterDropped(dropped.digest))
 
     @rule(near=st.frozensets(st.sampled_from([one.digest for one in ADAPTERS])))
@@ -181,6 +220,15 @@ class ReplicaMachine(RuleBasedStateMachine):
                 self.handle(self.engine.finish_step(self.outputs))
                 self.replica.check_integrity()
 
+    @precondition(lambda self: self.engine.step is not None)
+    @rule(data=st.data())
+    def fail_in_step(self, data: st.DataObject) -> None:
+        """One request's numbers are not finite."""
+        assert self.engine.step is not None
+        names = sorted({work.request_id for work in self.engine.step})
+        failing = {data.draw(st.sampled_from(names))}
+        self.handle(self.engine.finish_step(self.outputs, failing=failing))
+
     @rule(wait_s=st.floats(0.0, 2.0) | st.just(200.0))
     def wait(self, wait_s: float) -> None:
         self.now += wait_s
@@ -198,8 +246,10 @@ class ReplicaMachine(RuleBasedStateMachine):
             return
         self.replica.check_integrity()
         snapshot = self.replica.snapshot()
-        held = snapshot.kv_blocks + snapshot.adapter_blocks + snapshot.free_blocks
+        held = snapshot.kv_blocks + snapshot.prefix_blocks
+        held += snapshot.adapter_blocks + snapshot.free_blocks
         assert held == self.engine.limits.pool_blocks
+        assert self.replica.leaked_blocks == 0
         assert {a.digest for a in snapshot.resident} == set(self.engine.loaded)
         assert snapshot.running == len(self.engine.open)
 

@@ -42,9 +42,16 @@ class FullEngine(SimulatedEngine):
         self.failures = 0
         self.error: Callable[[str], Exception] = MemoryError
 
-    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
+    def begin_adapter(
+        self,
+        digest: str,
+        header: ContainerHeader,
+        payload: memoryview,
+        *,
+        blocks: tuple[int, ...] = (),
+    ) -> None:
         self._check(digest, 0)
-        super().begin_adapter(digest, header, payload)
+        super().begin_adapter(digest, header, payload, blocks=blocks)
 
     def extend_adapter(self, digest: str, layers: int) -> None:
         self._check(digest, layers)

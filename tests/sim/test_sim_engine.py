@@ -12,6 +12,7 @@ from services.worker.engine import EngineSettings, SampledToken, Sampling, Seque
 from services.worker.engine.profiles import PROFILES
 from services.worker.engine.simulated import SimulatedEngine, build_simulated_engine
 from tests.sim.sim_worlds import arrival
+from tests.support.own_blocks import OwnBlocks
 
 PROFILE = PROFILES["a40-llama-7b"]
 # Rounds of (sequence, tokens): chunks, decodes, both in one step, and a last chunk of one token.
@@ -34,7 +35,7 @@ def live_engine(times_s: list[float]) -> SimulatedEngine:
         seed=0,
     )
     info = build_simulated_engine(settings).info
-    engine = SimulatedEngine(info, PROFILE, sleep=times_s.append, clock=lambda: 0.0)
+    engine = OwnBlocks(info, PROFILE, sleep=times_s.append, clock=lambda: 0.0)
     for name, tokens in PROMPTS.items():
         ids = tuple(range(100, 100 + tokens))
         engine.open_sequence(SequenceSpec(name, ids, tokens, None, Sampling(), max_tokens=50))

@@ -75,9 +75,13 @@ def tokens_alone(engine: Engine, spec: SequenceSpec) -> list[int]:
     """All that the engine draws for this sequence when it is alone."""
     engine.open_sequence(spec)
     known = len(spec.token_ids)
+    blocks = tuple(range(-(-(known + spec.max_tokens) // engine.info.block_tokens)))
     tokens: list[int] = []
     for step in range(spec.max_tokens):
-        (result,) = engine.step([StepItem(spec.sequence_id, known if step == 0 else 1)])
+        item = StepItem(spec.sequence_id, 1)
+        if step == 0:
+            item = StepItem(spec.sequence_id, known, new_blocks=blocks)
+        (result,) = engine.step([item])
         assert isinstance(result, SampledToken)
         tokens.append(result.token_id)
     engine.close_sequence(spec.sequence_id)
@@ -432,10 +436,17 @@ class FaultyEngine:
     def info(self) -> EngineInfo:
         return self._engine.info
 
-    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
+    def begin_adapter(
+        self,
+        digest: str,
+        header: ContainerHeader,
+        payload: memoryview,
+        *,
+        blocks: tuple[int, ...] = (),
+    ) -> None:
         if self.incompatible:
             raise AdapterIncompatibleError("layer 0 q_proj is not in the base model")
-        self._engine.begin_adapter(digest, header, payload)
+        self._engine.begin_adapter(digest, header, payload, blocks=blocks)
         self.adapters[digest] = 0
 
     def extend_adapter(self, digest: str, layers: int) -> None:

@@ -6,12 +6,15 @@ is a hash of its sequence's seed and position. A sequence ends with the model's 
 token after a length drawn from its seed, log-normal with the median and 90th percentile of the
 Azure LLM inference trace of conversations (CC-BY 4.0). A request that suppresses that token up to
 `min_tokens` does not get it earlier.
+
+There is nothing in its blocks, but it asserts of them what an engine with memory relies on.
 """
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Final
 
@@ -42,6 +45,7 @@ _FIRST_TEXT_TOKEN = 32  # lower ids are control tokens in the usual vocabularies
 class _Adapter:
     rank: int
     size_bytes: int
+    blocks: tuple[int, ...]
     ready_layers: int = 0
 
 
@@ -53,6 +57,7 @@ class _Sequence:
     computed: int
     rank: int  # 0 for the base model
     passed_layers: int = 0  # by the chunk that comes next
+    blocks: list[int] = field(default_factory=list[int])
 
 
 class SimulatedEngine:
@@ -91,10 +96,9 @@ class SimulatedEngine:
         *,
         blocks: tuple[int, ...] = (),
     ) -> None:
-        del blocks
         assert digest not in self._adapters
         assert len(payload) == header.payload_bytes
-        self._adapters[digest] = _Adapter(header.rank, header.total_bytes)
+        self._adapters[digest] = _Adapter(header.rank, header.total_bytes, blocks)
 
     def extend_adapter(self, digest: str, layers: int) -> None:
         adapter = self._adapters[digest]
@@ -113,7 +117,11 @@ class SimulatedEngine:
         assert 0 < len(spec.token_ids) <= self._info.max_context_tokens
         rank = 0 if spec.adapter_digest is None else self._adapters[spec.adapter_digest].rank
         seed = sequence_seed(self._seed, spec.sampling.seed)
-        self._sequences[spec.sequence_id] = _Sequence(spec, seed, len(spec.token_ids), 0, rank)
+        assert spec.computed_tokens == len(spec.blocks) * self._info.block_tokens
+        assert spec.computed_tokens < len(spec.token_ids)
+        self._sequences[spec.sequence_id] = _Sequence(
+            spec, seed, len(spec.token_ids), spec.computed_tokens, rank, blocks=list(spec.blocks)
+        )
 
     def close_sequence(self, sequence_id: str) -> None:
         self._sequences.pop(sequence_id, None)
@@ -121,6 +129,10 @@ class SimulatedEngine:
     def step(self, items: Sequence[StepItem]) -> list[SampledToken | SequenceFailure]:
         start_s = self._clock()
         chunks = [(self._sequences[item.sequence_id], item) for item in items]
+        for sequence, item in chunks:
+            sequence.blocks.extend(item.new_blocks)
+            room_tokens = len(sequence.blocks) * self._info.block_tokens
+            assert sequence.computed + item.num_tokens <= room_tokens
         end_s = start_s + self._step_s(chunks)
         results: list[SampledToken | SequenceFailure] = []
         for sequence, item in chunks:
@@ -135,6 +147,17 @@ class SimulatedEngine:
                 sequence.known += 1
         self._sleep(max(0.0, end_s - self._clock()))
         return results
+
+    def check_integrity(self) -> None:
+        """Assert that what a sequence or a load may still write to has one holder."""
+        holders = Counter(block for one in self._adapters.values() for block in one.blocks)
+        for sequence in self._sequences.values():
+            holders.update(sequence.blocks)
+        assert all(0 <= block < self._info.pool_blocks for block in holders)
+        own = [block for one in self._adapters.values() for block in one.blocks]
+        for sequence in self._sequences.values():
+            own += sequence.blocks[sequence.computed // self._info.block_tokens :]
+        assert all(holders[block] == 1 for block in own)
 
     def _step_s(self, chunks: Sequence[tuple[_Sequence, StepItem]]) -> float:
         num_layers = self._info.num_layers

@@ -6,7 +6,8 @@ counts every token and submits again what is returned to it.
 """
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from itertools import count
 from typing import assert_never
@@ -64,8 +65,12 @@ def request(
     deadline_s: float | None = None,
     gateway: GatewayId = GATEWAY,
     tenant: str = "t",
+    text: str = "",
 ) -> Request:
-    """A request of `context` tokens that is expected to generate `output`."""
+    """A request of `context` tokens that is expected to generate `output`.
+
+    Each character of `text` stands for what is in one of its first full blocks.
+    """
     return Request(
         attempt=attempt(name, number),
         gateway_id=gateway,
@@ -79,11 +84,21 @@ def request(
         priority=priority,
         arrived_s=arrived_s,
         deadline_s=deadline_s,
+        prefix_keys=keys_of(text, using=using, tenant=tenant),
     )
 
 
+def keys_of(text: str, *, using: Adapter | None = None, tenant: str = "t") -> tuple[bytes, ...]:
+    """Keys of blocks with that in them, readable ones."""
+    name = f"{using.digest if using else 'base'}/{tenant}/"
+    return tuple(f"{name}{text[:end]}".encode() for end in range(1, len(text) + 1))
+
+
 class CheckingEngine:
-    """Device memory and sequences of one worker. `outputs` are the true lengths, by request."""
+    """Device memory and sequences of one worker. `outputs` are the true lengths, by request.
+
+    What is in a block it knows by its key; a character "o" stands for a block of output.
+    """
 
     def __init__(self, limits: Capacity, config: ReplicaConfig) -> None:
         self.limits = limits
@@ -93,6 +108,10 @@ class CheckingEngine:
         self.near: frozenset[AdapterDigest] = frozenset()  # in host memory, as the replica is told
         self.known: dict[Attempt, tuple[Request, int]] = {}  # dispatched here, with known tokens
         self.open: dict[Attempt, int] = {}  # computed tokens
+        self.tables: dict[Attempt, list[int]] = {}  # blocks of those, in order
+        self.content: dict[int, bytes] = {}  # of blocks that are full, if they have a key
+        self.hit_tokens: dict[Attempt, int] = {}  # that were there when it started, last
+        self.adapter_blocks: dict[AdapterDigest, tuple[int, ...]] = {}  # of loaded and loading
         self.ready: dict[AdapterDigest, int] = {}  # layers here of those that are loading
         # Tokens of a chunk that has not passed all layers, and how many it has passed.
         self.parts: dict[Attempt, tuple[int, int]] = {}
@@ -111,47 +130,61 @@ class CheckingEngine:
         """Obey, and complain about orders that break the contract."""
         for decision in decisions:
             match decision:
-                case do.LoadAdapter(wanted):
+                case do.LoadAdapter(wanted, blocks):
                     assert wanted.digest not in self.loaded
                     assert wanted.digest not in self.loading
+                    assert len(blocks) == self.limits.adapter_blocks(wanted)
+                    self.adapter_blocks[wanted.digest] = blocks
+                    self._overwrite(blocks)
                     downloads = sum(digest not in self.near for digest in self.loading)
                     assert wanted.digest in self.near or downloads < self.config.max_loads
                     self.loading[wanted.digest] = wanted
                     self.loads += 1
                 case do.EvictAdapter(digest):
                     assert digest not in self._digests_in_use(), "evicted while in use"
-                    del self.loaded[digest]
-                case do.StartRequest(started):
+                    del self.loaded[digest], self.adapter_blocks[digest]
+                case do.StartRequest(started, blocks, computed_tokens):
                     assert started not in self.open
                     assert self.step is None
                     using = self.known[started][0].adapter
                     assert using is None or using.digest in self.loaded or self.ready[using.digest]
-                    self.open[started] = 0
+                    self._check_prefix(started, blocks, computed_tokens)
+                    self.open[started] = self.hit_tokens[started] = computed_tokens
+                    self.tables[started] = [*blocks]
                 case do.PreemptRequest(preempted):
                     assert self.step is None
-                    del self.open[preempted]
+                    del self.open[preempted], self.tables[preempted]
                     self.parts.pop(preempted, None)
                     self.preemptions += 1
                 case do.EndRequest(gone) | do.ExpireRequest(gone) | do.FailRequest(gone):
                     self._leave(gone, decision)
-                case do.RunStep(work):
+                case do.RunStep(work, new_blocks):
+                    assert dict(new_blocks).keys() <= {one.request_id for one in work}
+                    for request_id, blocks in new_blocks:
+                        self.tables[self._open_attempt(request_id)] += blocks
                     self._begin(work)
                 case _:
                     assert_never(decision)
             self._check_memory()
 
-    def finish_step(self, outputs: dict[RequestId, int]) -> on.StepFinished:
+    def finish_step(
+        self, outputs: dict[RequestId, int], *, failing: Container[RequestId] = ()
+    ) -> on.StepFinished:
         """The outstanding step ends: due tokens are sampled, complete requests end."""
         assert self.step is not None
-        sampled, ended = [], []
+        sampled, ended, more_keys = [], [], []
         self.sampled = []
         for work in self.step:
             current = self._open_attempt(work.request_id)
+            if work.request_id in failing:
+                ended.append(work.request_id)
+                self._spoil(current)
+                continue
             if work.until_layer is not None:
                 self.parts[current] = (work.tokens, work.until_layer)
                 continue
             self.parts.pop(current, None)
-            self.open[current] += work.tokens
+            self._compute(current, work.tokens)
             if work.samples:
                 source, tokens = self.known[current]
                 self.known[current] = (source, tokens + 1)
@@ -160,8 +193,9 @@ class CheckingEngine:
                 generated = tokens + 1 - source.context_tokens + source.prior_output_tokens
                 if generated >= outputs[work.request_id]:
                     ended.append(work.request_id)
+                    more_keys.append((work.request_id, self._more_keys(current)))
         self.step = None
-        return on.StepFinished(tuple(sampled), tuple(ended))
+        return on.StepFinished(tuple(sampled), tuple(ended), tuple(more_keys))
 
     def progress(self, digest: AdapterDigest, layers: int) -> on.AdapterProgressed:
         self.ready[digest] = max(layers, self.ready.get(digest, 0))
@@ -173,7 +207,7 @@ class CheckingEngine:
         return on.AdapterLoaded(digest)
 
     def fail_load(self, digest: AdapterDigest) -> on.AdapterLoadFailed:
-        del self.loading[digest]
+        del self.loading[digest], self.adapter_blocks[digest]
         self.ready.pop(digest, None)
         return on.AdapterLoadFailed(digest, on.LoadFailure.UNAVAILABLE, "store down")
 
@@ -227,6 +261,7 @@ class CheckingEngine:
         if self.step is not None and gone in self.open:
             assert all(work.request_id != gone.request_id for work in self.step)
         self.open.pop(gone, None)
+        self.tables.pop(gone, None)
         self.parts.pop(gone, None)
         if gone in self.known:
             source, tokens = self.known.pop(gone)
@@ -245,11 +280,76 @@ class CheckingEngine:
     def _check_memory(self) -> None:
         chunks = {current: tokens for current, (tokens, _) in self.parts.items()}
         chunks |= {self._open_attempt(work.request_id): work.tokens for work in self.step or ()}
-        tokens = {current: held + chunks.get(current, 0) for current, held in self.open.items()}
-        blocks = sum(self.limits.kv_blocks(held) for held in tokens.values())
-        for held in [*self.loaded.values(), *self.loading.values()]:
-            blocks += self.limits.adapter_blocks(held)
-        assert blocks <= self.limits.pool_blocks, "more memory used than there is"
+        for current, computed in self.open.items():
+            tokens = computed + chunks.get(current, 0)
+            assert len(self.tables[current]) >= self.limits.kv_blocks(tokens), "blocks are missing"
+        holders = Counter(block for table in self.tables.values() for block in table)
+        own = [block for blocks in self.adapter_blocks.values() for block in blocks]
+        holders.update(own)
+        for current, table in self.tables.items():
+            own += table[self.open[current] // self.limits.block_tokens :]
+        assert all(holders[block] == 1 for block in own), "what is written has one holder"
+        assert holders.keys() <= set(range(self.limits.pool_blocks))
+
+    # --- what is in blocks ------------------------------------------------------------------
+
+    def forget(self, digest: AdapterDigest | None) -> None:
+        """Nothing that is idle and was computed with this adapter may be found."""
+        held = {block for table in self.tables.values() for block in table}
+        name = f"{digest or 'base'}/".encode()
+        for block, key in [*self.content.items()]:
+            if block not in held and key.startswith(name):
+                del self.content[block]
+
+    def _check_prefix(self, started: Attempt, blocks: tuple[int, ...], tokens: int) -> None:
+        source, known_tokens = self.known[started]
+        assert tokens == len(blocks) * self.limits.block_tokens
+        assert tokens < known_tokens, "a token is left to compute"
+        found = [self.content.get(block) for block in blocks]
+        assert found == [*source.prefix_keys[: len(blocks)]], "a block holds something else"
+
+    def _compute(self, current: Attempt, tokens: int) -> None:
+        block_tokens, table = self.limits.block_tokens, self.tables[current]
+        begin = self.open[current]
+        end = self.open[current] = begin + tokens
+        written = range(begin // block_tokens, self.limits.kv_blocks(end))
+        self._overwrite([table[index] for index in written])
+        keys = self.known[current][0].prefix_keys
+        for index in range(begin // block_tokens, end // block_tokens):
+            if keys:
+                outputs = b"o" * (index + 1 - len(keys))
+                self.content[table[index]] = keys[-1] + outputs if outputs else keys[index]
+
+    def _more_keys(self, current: Attempt) -> tuple[bytes, ...]:
+        keys = self.known[current][0].prefix_keys
+        if not keys:
+            return ()
+        full = self.open[current] // self.limits.block_tokens
+        return tuple(keys[-1] + b"o" * count for count in range(1, full - len(keys) + 1))
+
+    def _spoil(self, failed: Attempt) -> None:
+        """It computes nothing of use, and it may have got it from what was cached."""
+        self._overwrite(self.tables[failed])
+        using = self.known[failed][0].adapter
+        self.forget(using.digest if using else None)
+
+    def _overwrite(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self.content.pop(block, None)
+
+
+def without_blocks(decisions: Iterable[do.ReplicaDecision]) -> list[do.ReplicaDecision]:
+    """The decisions as tests read them that are not about which block is whose."""
+    plain: list[do.ReplicaDecision] = []
+    for decision in decisions:
+        match decision:
+            case do.LoadAdapter() | do.StartRequest():
+                plain.append(replace(decision, blocks=()))
+            case do.RunStep() if decision.new_blocks:
+                plain.append(replace(decision, new_blocks=()))
+            case _:
+                plain.append(decision)
+    return plain
 
 
 def went(

@@ -8,7 +8,7 @@ from services.core.decisions import ReplicaDecision, RunStep
 from services.core.events import HostCacheChanged, ReplicaEvent, RequestDispatched
 from services.core.replica import ReplicaScheduler
 from services.core.types import Adapter, Capacity, Request, RequestId
-from tests.unit.core.core_world import CheckingEngine, capacity
+from tests.unit.core.core_world import CheckingEngine, capacity, without_blocks
 
 D = TypeVar("D", bound=ReplicaDecision)
 
@@ -42,9 +42,10 @@ class Bench:
         decisions = self.machine.handle(event, now=self.now)
         self.machine.check_integrity()
         self.engine.perform(decisions)
-        self.log += decisions
+        plain = without_blocks(decisions)
+        self.log += plain
         self.now += 1e-6  # what comes later was used later
-        return decisions
+        return plain
 
     def dispatch(self, new: Request, *, output: int | None = None) -> list[ReplicaDecision]:
         self.outputs[new.attempt.request_id] = output or new.max_output_tokens

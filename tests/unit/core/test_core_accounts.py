@@ -108,15 +108,25 @@ def test_an_adapter_counts_against_what_can_ever_fit() -> None:
 
 def test_the_pool_gives_out_every_block_once() -> None:
     pool = BlockPool(10)
-    pool.take_kv(3)
-    pool.hold_adapter(adapter().digest, 7)
+    of_kv = pool.take_kv(3)
+    of_adapter = pool.hold_adapter(adapter().digest, 7)
+    assert {*of_kv, *of_adapter} == set(range(10))
     assert pool.free_blocks == 0
     with pytest.raises(AssertionError):
         pool.take_kv(1)
-    pool.return_kv(3)
+    pool.return_kv(of_kv)
     pool.release_adapter(adapter().digest)
-    pool.check_integrity()
+    pool.check_integrity(())
     assert pool.free_blocks == 10
+
+
+def test_the_pool_gives_out_what_was_freed_last() -> None:
+    pool = BlockPool(100)
+    pool.take_kv(5)
+    of_kv = pool.take_kv(4)
+    pool.return_kv(of_kv)
+    assert pool.take_kv(4) == of_kv
+    assert pool.take_kv(1) == [9]
 
 
 def victims(

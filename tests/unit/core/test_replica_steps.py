@@ -26,7 +26,7 @@ from services.core.events import (
 )
 from services.core.replica import ReplicaScheduler
 from services.core.types import Request, RequestId
-from tests.unit.core.core_world import GATEWAY, adapter, attempt, capacity, request
+from tests.unit.core.core_world import GATEWAY, adapter, attempt, capacity, request, without_blocks
 
 
 class Replica:
@@ -43,7 +43,7 @@ class Replica:
     def handle(self, event: ReplicaEvent, now: float = 0.0) -> list[ReplicaDecision]:
         decisions = self.machine.handle(event, now=now)
         self.machine.check_integrity()
-        return decisions
+        return without_blocks(decisions)
 
     def dispatch(self, new: Request, now: float = 0.0) -> list[ReplicaDecision]:
         return self.handle(RequestDispatched(new), now)

@@ -27,8 +27,16 @@ class _Engine:
         self.layers: list[int] = []
         self.threads: set[str] = set()
 
-    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
+    def begin_adapter(
+        self,
+        digest: str,
+        header: ContainerHeader,
+        payload: memoryview,
+        *,
+        blocks: tuple[int, ...] = (),
+    ) -> None:
         assert digest == BLOB.digest
+        assert blocks == (7, 8)
         self._header, self._payload = header, payload
 
     def extend_adapter(self, digest: str, layers: int) -> None:
@@ -46,6 +54,7 @@ def _intake(into: bytearray, engine: _Engine, told: list[int]) -> Intake:
     return Intake(
         adapter,
         memoryview(into),
+        blocks=(7, 8),
         engine=engine,
         num_layers=LAYERS,
         parts_max=PARTS_MAX,
@@ -91,6 +100,7 @@ def test_a_header_of_another_size_than_was_promised_is_refused() -> None:
     intake = Intake(
         adapter,
         memoryview(into),
+        blocks=(7, 8),
         engine=engine,
         num_layers=LAYERS,
         parts_max=PARTS_MAX,

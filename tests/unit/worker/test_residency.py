@@ -37,8 +37,15 @@ class _ReadingEngine(FaultyEngine):
         self.wrong: list[str] = []
         self._copies = copies
 
-    def begin_adapter(self, digest: str, header: ContainerHeader, payload: memoryview) -> None:
-        super().begin_adapter(digest, header, payload)
+    def begin_adapter(
+        self,
+        digest: str,
+        header: ContainerHeader,
+        payload: memoryview,
+        *,
+        blocks: tuple[int, ...] = (),
+    ) -> None:
+        super().begin_adapter(digest, header, payload, blocks=blocks)
         self.payloads[digest] = payload
 
     def remove_adapter(self, digest: str) -> None:
@@ -66,6 +73,7 @@ class _World:
     def load(self, digest: AdapterDigest) -> None:
         self.residency.load(
             _adapter(BLOBS[digest]),
+            blocks=(),
             context=None,
             on_progress=lambda name, layers: self.layers.append((name, layers)),
             on_ended=self.ended.__setitem__,

@@ -15,7 +15,7 @@ from tests.support.worker_peers import INFO, make_blob, work_item
 
 
 def _work(item: WorkItem) -> Work:
-    return wire.work_from(item, INFO, now=50.0)
+    return wire.work_from(item, INFO, caches_prefixes=True, now=50.0)
 
 
 def _set(path: str, value: object) -> Callable[[WorkItem], None]:

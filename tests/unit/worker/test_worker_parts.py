@@ -65,7 +65,8 @@ async def test_one_thread_makes_all_calls_in_order_and_one_bad_sequence_harms_no
     ended: asyncio.Future[StepEnded] = asyncio.get_running_loop().create_future()
     for name in ("refused", "fine"):
         thread.open_sequence(SequenceSpec(name, (1, 2), 2, None, Sampling(), max_tokens=5))
-    thread.run_step([StepItem("refused", 2), StepItem("fine", 2)], ended.set_result)
+    items = [StepItem("refused", 2, new_blocks=(0,)), StepItem("fine", 2, new_blocks=(1,))]
+    thread.run_step(items, ended.set_result)
     result = await asyncio.wait_for(ended, 5)
     assert result.unopened == ["refused"]
     assert [token.sequence_id for token in result.results] == ["fine"]
@@ -84,7 +85,7 @@ async def test_a_step_that_raises_is_an_event() -> None:
     engine.raises = 1
     ended: asyncio.Future[StepEnded] = asyncio.get_running_loop().create_future()
     thread.open_sequence(SequenceSpec("one", (1,), 1, None, Sampling(), max_tokens=5))
-    thread.run_step([StepItem("one", 1)], ended.set_result)
+    thread.run_step([StepItem("one", 1, new_blocks=(0,))], ended.set_result)
     result = await asyncio.wait_for(ended, 5)
     assert isinstance(result.error, ArithmeticError)
     assert result.results == []

@@ -184,6 +184,9 @@ class GetStateResponse(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     ADAPTER_CACHE_FIELD_NUMBER: _builtins.int
+    PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
+    LEAKED_BLOCKS_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     engine: _builtins.str
     """Engine, device and dtype, for example "torch cpu bfloat16" or "simulated a40-llama-7b"."""
@@ -191,16 +194,23 @@ class GetStateResponse(_message.Message):
     base_model_digest: _builtins.str
     pool_blocks: _builtins.int
     kv_blocks: _builtins.int
+    """Of running requests."""
     adapter_blocks: _builtins.int
     running_requests: _builtins.int
     loading_requests: _builtins.int
     steps: _builtins.int
     output_tokens: _builtins.int
     draining: _builtins.bool
+    prefix_blocks: _builtins.int
+    """Of cached prefixes that no running request uses: given back as soon as somebody needs them."""
+    leaked_blocks: _builtins.int
+    """Blocks that are neither free nor held by anybody. Always 0, but for a bug."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterState]: ...
     @_builtins.property
     def adapter_cache(self) -> Global___AdapterCacheCounts: ...
+    @_builtins.property
+    def prefix_cache(self) -> Global___PrefixCacheCounts: ...
     def __init__(
         self,
         *,
@@ -218,14 +228,47 @@ class GetStateResponse(_message.Message):
         output_tokens: _builtins.int = ...,
         draining: _builtins.bool = ...,
         adapter_cache: Global___AdapterCacheCounts | None = ...,
+        prefix_blocks: _builtins.int = ...,
+        leaked_blocks: _builtins.int = ...,
+        prefix_cache: Global___PrefixCacheCounts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_cache", b"adapter_cache"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_cache", b"adapter_cache", "prefix_cache", b"prefix_cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_blocks", b"adapter_blocks", "adapter_cache", b"adapter_cache", "adapters", b"adapters", "base_model", b"base_model", "base_model_digest", b"base_model_digest", "draining", b"draining", "engine", b"engine", "kv_blocks", b"kv_blocks", "loading_requests", b"loading_requests", "output_tokens", b"output_tokens", "pool_blocks", b"pool_blocks", "running_requests", b"running_requests", "steps", b"steps", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_blocks", b"adapter_blocks", "adapter_cache", b"adapter_cache", "adapters", b"adapters", "base_model", b"base_model", "base_model_digest", b"base_model_digest", "draining", b"draining", "engine", b"engine", "kv_blocks", b"kv_blocks", "leaked_blocks", b"leaked_blocks", "loading_requests", b"loading_requests", "output_tokens", b"output_tokens", "pool_blocks", b"pool_blocks", "prefix_blocks", b"prefix_blocks", "prefix_cache", b"prefix_cache", "running_requests", b"running_requests", "steps", b"steps", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStateResponse: _TypeAlias = GetStateResponse  # noqa: Y015
+
+@_typing.final
+class PrefixCacheCounts(_message.Message):
+    """Since the worker started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERIED_TOKENS_FIELD_NUMBER: _builtins.int
+    HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    EVICTED_BLOCKS_FIELD_NUMBER: _builtins.int
+    queried_tokens: _builtins.int
+    """Tokens of the contexts that requests began with."""
+    hit_tokens: _builtins.int
+    """Of those, that an earlier request had computed, so that nothing was left to do."""
+    evicted_blocks: _builtins.int
+    """Cached blocks that gave way to requests or adapters."""
+    def __init__(
+        self,
+        *,
+        queried_tokens: _builtins.int = ...,
+        hit_tokens: _builtins.int = ...,
+        evicted_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted_blocks", b"evicted_blocks", "hit_tokens", b"hit_tokens", "queried_tokens", b"queried_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixCacheCounts: _TypeAlias = PrefixCacheCounts  # noqa: Y015
 
 @_typing.final
 class AdapterCacheCounts(_message.Message):
