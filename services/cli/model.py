@@ -12,12 +12,14 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol, cast
 
 from services.cli import model_wheel
 from services.common import base_model
 from services.common.base_model import DEFAULT_MODEL, BaseModelError
+from services.common.model_tensors import checked_tensors
 
 HUB_TIMEOUT_S: Final = 5.0
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
@@ -50,7 +52,7 @@ def pull(model: str = DEFAULT_MODEL, *, home: Path | None = None, progress: Prog
             source = _fetch(model, work, progress)
         except ModuleNotFoundError as error:
             raise PullError(f"{error.name} is missing: install 'calumma[model]'") from error
-        base_model.check_folder(fetched)
+        checked_tensors(fetched, base_model.check_folder(fetched))
         identity = {"name": model, "source": source, "digest": base_model.folder_digest(fetched)}
         created = datetime.now(UTC).isoformat(timespec="seconds")
         base_model.write_json(fetched / base_model.MODEL_FILE, {**identity, "created": created})
@@ -109,15 +111,18 @@ def _fetch_from_hub(model: str, folder: Path, progress: Progress) -> None:
             key=lambda file: file.rfilename,
         )
         size_bytes = sum(file.size or 0 for file in wanted)
+        fetch = partial(
+            snapshot_download,
+            model,
+            revision=info.sha,
+            local_dir=folder,
+            ignore_patterns=_HUB_IGNORED,
+            etag_timeout=HUB_TIMEOUT_S,
+        )
         with _growth_shown(folder, size_bytes, progress):
-            snapshot_download(
-                model,
-                revision=info.sha,
-                local_dir=folder,
-                allow_patterns=_HUB_PATTERNS,
-                ignore_patterns=_HUB_IGNORED,
-                etag_timeout=HUB_TIMEOUT_S,
-            )
+            fetch(allow_patterns=["config.json"])
+            base_model.load_config(folder)  # what can't be served is not worth its gigabytes
+            fetch(allow_patterns=_HUB_PATTERNS)
     except (http_error, OSError, ValueError) as error:
         raise PullError(
             f"{model} could not be fetched from the hub: {_first_line(error)}"

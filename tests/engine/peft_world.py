@@ -16,8 +16,7 @@ from torch import Tensor
 from services.adapter_store.peft import BaseModel, convert
 from services.common.base_model import load_config
 from services.worker.engine import add_adapter
-from services.worker.engine.runner import TorchEngine
-from tests.engine.engine_support import VOCAB, reference_greedy, tiny_model
+from tests.engine.engine_support import VOCAB, OwnedEngine, reference_greedy, tiny_model
 
 RANK_MAX: Final = 256
 
@@ -40,7 +39,7 @@ class PeftWorld:
     def digest(self, name: str | None) -> str | None:
         return None if name is None else self.blobs[name][0]
 
-    def add_all(self, engine: TorchEngine) -> None:
+    def add_all(self, engine: OwnedEngine) -> None:
         for digest, blob in self.blobs.values():
             add_adapter(engine, digest, blob)
 

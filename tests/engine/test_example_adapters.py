@@ -10,8 +10,7 @@ from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 from services.adapter_store.peft import BaseModel, convert
 from services.common.base_model import DEFAULT_MODEL, load_config, pulled_folder
 from services.worker.engine import SequenceSpec, add_adapter
-from services.worker.engine.runner import TorchEngine
-from tests.engine.engine_support import generated, reference_greedy, spec, torch_engine
+from tests.engine.engine_support import OwnedEngine, generated, model_engine, reference_greedy, spec
 from tests.engine.peft_blob import peft_blob
 
 _MODEL = pulled_folder(DEFAULT_MODEL)
@@ -61,8 +60,8 @@ def expected(prompts: dict[str, list[int]]) -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def engine() -> TorchEngine:
-    engine = torch_engine(_MODEL)
+def engine() -> OwnedEngine:
+    engine = model_engine(_MODEL)
     for folder in _FOLDERS:
         add_adapter(engine, folder.name, peft_blob(folder)[1])
     return engine
@@ -76,14 +75,14 @@ def _specs(prompts: dict[str, list[int]]) -> list[SequenceSpec]:
 
 
 def test_each_example_adapter_alone_equals_peft(
-    engine: TorchEngine, prompts: dict[str, list[int]], expected: dict[str, list[int]]
+    engine: OwnedEngine, prompts: dict[str, list[int]], expected: dict[str, list[int]]
 ) -> None:
     for item in _specs(prompts):
         assert generated(engine, [item])[item.sequence_id] == expected[item.sequence_id]
 
 
 def test_all_example_adapters_mixed_with_the_base_model_equal_peft(
-    engine: TorchEngine, prompts: dict[str, list[int]], expected: dict[str, list[int]]
+    engine: OwnedEngine, prompts: dict[str, list[int]], expected: dict[str, list[int]]
 ) -> None:
     assert generated(engine, _specs(prompts), chunk=24, stagger=1) == expected
 

@@ -15,14 +15,14 @@ from services.worker.engine import (
     StepItem,
     add_adapter,
 )
-from services.worker.engine.runner import TorchEngine
 from tests.engine.engine_support import (
     VOCAB,
+    OwnedEngine,
     generated,
+    model_engine,
     reference_greedy,
     spec,
     tiny_model,
-    torch_engine,
 )
 from tests.engine.peft_blob import one_module_blob, peft_blob
 
@@ -83,9 +83,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> _World:
 
 
 @pytest.fixture
-def engine(world: _World) -> TorchEngine:
+def engine(world: _World) -> OwnedEngine:
     folder, blobs, _ = world
-    engine = torch_engine(folder)
+    engine = model_engine(folder)
     for digest, blob in blobs.values():
         add_adapter(engine, digest, blob)
     return engine
@@ -100,7 +100,7 @@ def _specs(blobs: _Blobs, length: int) -> list[SequenceSpec]:
 
 
 @pytest.mark.parametrize("length", [12, 80])
-def test_each_adapter_alone_equals_peft(world: _World, engine: TorchEngine, length: int) -> None:
+def test_each_adapter_alone_equals_peft(world: _World, engine: OwnedEngine, length: int) -> None:
     _, blobs, expected = world
     for item in _specs(blobs, length):
         output = generated(engine, [item])
@@ -118,7 +118,7 @@ def test_adapters_change_the_output(world: _World) -> None:
     ids=["short prompts", "long prompts", "small chunks", "staggered"],
 )
 def test_all_adapters_mixed_with_base_rows_equal_peft(
-    world: _World, engine: TorchEngine, length: int, options: dict[str, int]
+    world: _World, engine: OwnedEngine, length: int, options: dict[str, int]
 ) -> None:
     _, blobs, expected = world
     output = generated(engine, _specs(blobs, length), **options)
@@ -128,7 +128,7 @@ def test_all_adapters_mixed_with_base_rows_equal_peft(
 
 def test_packed_bfloat16_rows_compute_what_plain_ones_do(world: _World) -> None:
     folder, blobs, expected = world
-    engine = torch_engine(folder, dtype="bfloat16")
+    engine = model_engine(folder, dtype="bfloat16")
     for digest, blob in blobs.values():
         add_adapter(engine, digest, blob)
     output = generated(engine, _specs(blobs, 12))
@@ -136,7 +136,7 @@ def test_packed_bfloat16_rows_compute_what_plain_ones_do(world: _World) -> None:
     assert agreeing >= len(output) - 2
 
 
-def test_a_removed_adapter_can_come_back(world: _World, engine: TorchEngine) -> None:
+def test_a_removed_adapter_can_come_back(world: _World, engine: OwnedEngine) -> None:
     _, blobs, expected = world
     digest, blob = blobs["r7"]
     item = _specs(blobs, 12)[2]
@@ -148,7 +148,7 @@ def test_a_removed_adapter_can_come_back(world: _World, engine: TorchEngine) -> 
 
 @pytest.mark.parametrize(("value", "scale"), [(1e25, 1.0), (3e38, 7.0)], ids=["product", "scale"])
 def test_an_adapter_that_overflows_fails_its_own_sequence_only(
-    world: _World, engine: TorchEngine, value: float, scale: float
+    world: _World, engine: OwnedEngine, value: float, scale: float
 ) -> None:
     _, blobs, expected = world
     huge = one_module_blob(value, scale=scale, module="down_proj", features=(128, 96))
@@ -180,7 +180,7 @@ def test_an_adapter_that_overflows_fails_its_own_sequence_only(
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_by_name(
-    engine: TorchEngine, blob: bytes | bytearray, message: str
+    engine: OwnedEngine, blob: bytes | bytearray, message: str
 ) -> None:
     with pytest.raises(AdapterIncompatibleError, match=message):
         add_adapter(engine, "bad", blob)

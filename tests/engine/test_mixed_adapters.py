@@ -12,16 +12,16 @@ from services.worker.engine import (
     SequenceSpec,
     add_adapter,
 )
-from services.worker.engine.runner import TorchEngine
 from tests.engine.engine_support import (
     VOCAB,
+    OwnedEngine,
     distribution,
     generate,
     generated,
+    model_engine,
     spec,
     tiny_model,
     token_ids,
-    torch_engine,
 )
 from tests.engine.peft_blob import one_module_blob
 from tests.engine.peft_world import PeftWorld, peft_world, prompt
@@ -71,8 +71,8 @@ def expected(world: PeftWorld) -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def engine(world: PeftWorld) -> TorchEngine:
-    engine = torch_engine(world.folder)
+def engine(world: PeftWorld) -> OwnedEngine:
+    engine = model_engine(world.folder)
     world.add_all(engine)
     return engine
 
@@ -85,14 +85,14 @@ def _specs(world: PeftWorld, sampling: Sampling = _EVERYTHING) -> list[SequenceS
 
 
 def test_one_prompt_with_every_adapter_in_one_batch_equals_peft(
-    world: PeftWorld, engine: TorchEngine, expected: dict[str, list[int]]
+    world: PeftWorld, engine: OwnedEngine, expected: dict[str, list[int]]
 ) -> None:
     assert generated(engine, _specs(world, Sampling())) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"chunk": 5}, {"stagger": 3}], ids=str)
 def test_every_adapter_alone_equals_the_mixed_batch(
-    world: PeftWorld, engine: TorchEngine, options: dict[str, int]
+    world: PeftWorld, engine: OwnedEngine, options: dict[str, int]
 ) -> None:
     together = generate(engine, _specs(world), **options)
     for item in _specs(world):
@@ -103,7 +103,7 @@ def test_every_adapter_alone_equals_the_mixed_batch(
             torch.testing.assert_close(distribution(one), distribution(other), atol=1e-3, rtol=0)
 
 
-def test_distributions_are_those_of_peft(world: PeftWorld, engine: TorchEngine) -> None:
+def test_distributions_are_those_of_peft(world: PeftWorld, engine: OwnedEngine) -> None:
     outputs = generate(engine, _specs(world))
     for name in [*_ADAPTERS, None]:
         known = list(prompt(0))
@@ -127,7 +127,7 @@ def test_nothing_of_an_evicted_adapter_is_left_for_the_next(tmp_path: Path) -> N
         "q and v": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     }
     world = peft_world(tmp_path, adapters)
-    engine = torch_engine(world.folder, max_sequences=3)
+    engine = model_engine(world.folder, max_sequences=3)
     memory = bytearray(max(len(blob) for _, blob in world.blobs.values()))
     for name in ("all", "q and v", "all", "q and v"):
         digest, blob = world.blobs[name]
@@ -151,7 +151,7 @@ def test_adapters_of_every_dtype_serve_an_engine_of_another(
 ) -> None:
     adapters = {"a": LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")}
     world = peft_world(tmp_path, adapters, dtypes={"a": stored})
-    engine = torch_engine(world.folder, dtype=computed)  # type: ignore[arg-type]  # a literal
+    engine = model_engine(world.folder, dtype=computed)  # type: ignore[arg-type]  # a literal
     world.add_all(engine)
     specs = [
         spec(f"s{i}", prompt(i), adapter=world.digest("a"), sampling=_EVERYTHING, max_tokens=1)
@@ -167,7 +167,7 @@ def test_adapters_of_every_dtype_serve_an_engine_of_another(
 
 def test_weights_that_the_engines_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
     tiny_model(tmp_path)
-    engine = torch_engine(tmp_path, dtype="float16")
+    engine = model_engine(tmp_path, dtype="float16")
     add_adapter(engine, "fits", one_module_blob(6e4))
     with pytest.raises(AdapterIncompatibleError, match="not all weights are finite as"):
         add_adapter(engine, "overflows", one_module_blob(7e4))

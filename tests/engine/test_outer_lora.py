@@ -7,14 +7,14 @@ from peft import LoraConfig
 
 from services.common.adapter_container import LoraRows, encode
 from services.worker.engine import AdapterIncompatibleError, Sampling, SequenceSpec, add_adapter
-from services.worker.engine.runner import TorchEngine
 from tests.engine.engine_support import (
     VOCAB,
+    OwnedEngine,
     distribution,
     generate,
     generated,
+    model_engine,
     spec,
-    torch_engine,
 )
 from tests.engine.peft_world import PeftWorld, peft_world, prompt
 
@@ -46,8 +46,8 @@ def expected(world: PeftWorld) -> dict[str, list[int]]:
 
 
 @pytest.fixture
-def engine(world: PeftWorld) -> TorchEngine:
-    engine = torch_engine(world.folder)
+def engine(world: PeftWorld) -> OwnedEngine:
+    engine = model_engine(world.folder)
     world.add_all(engine)
     return engine
 
@@ -59,7 +59,7 @@ def _specs(world: PeftWorld) -> list[SequenceSpec]:
 
 
 def test_each_alone_equals_peft(
-    world: PeftWorld, engine: TorchEngine, expected: dict[str, list[int]]
+    world: PeftWorld, engine: OwnedEngine, expected: dict[str, list[int]]
 ) -> None:
     for item in _specs(world):
         assert generated(engine, [item])[item.sequence_id] == expected[item.sequence_id]
@@ -68,14 +68,14 @@ def test_each_alone_equals_peft(
 @pytest.mark.parametrize("options", [{}, {"chunk": 4}, {"stagger": 2}], ids=str)
 def test_all_in_one_batch_equal_peft(
     world: PeftWorld,
-    engine: TorchEngine,
+    engine: OwnedEngine,
     expected: dict[str, list[int]],
     options: dict[str, int],
 ) -> None:
     assert generated(engine, _specs(world), **options) == expected
 
 
-def test_several_sequences_share_an_adapter(world: PeftWorld, engine: TorchEngine) -> None:
+def test_several_sequences_share_an_adapter(world: PeftWorld, engine: OwnedEngine) -> None:
     specs = [
         spec(f"s{i}", prompt(i, 10 + i), adapter=world.digest(("both", None)[i % 2]))
         for i in range(6)
@@ -87,7 +87,7 @@ def test_several_sequences_share_an_adapter(world: PeftWorld, engine: TorchEngin
 
 
 def test_bfloat16_distributions_are_near_those_of_peft(world: PeftWorld) -> None:
-    engine = torch_engine(world.folder, dtype="bfloat16")
+    engine = model_engine(world.folder, dtype="bfloat16")
     world.add_all(engine)
     everything = Sampling(logprobs=VOCAB)
     specs = [replace(item, sampling=everything, max_tokens=1) for item in _specs(world)]
@@ -115,7 +115,7 @@ def _blob(layer: int, module: str, features: tuple[int, int]) -> bytes:
     ],
 )
 def test_one_that_does_not_fit_is_refused_by_name(
-    engine: TorchEngine, layer: int, module: str, features: tuple[int, int], message: str
+    engine: OwnedEngine, layer: int, module: str, features: tuple[int, int], message: str
 ) -> None:
     with pytest.raises(AdapterIncompatibleError, match=message):
         add_adapter(engine, "bad", _blob(layer, module, features))

@@ -21,8 +21,7 @@ from services.worker.engine import (
     StepItem,
     add_adapter,
 )
-from services.worker.engine.runner import TorchEngine
-from tests.engine.engine_support import generated, spec, torch_engine
+from tests.engine.engine_support import OwnedEngine, generated, model_engine, spec
 from tests.engine.peft_world import PeftWorld, peft_world, prompt
 
 _LAYERS = 3
@@ -54,15 +53,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> PeftWorld:
 
 
 @pytest.fixture
-def engine(world: PeftWorld) -> TorchEngine:
-    return torch_engine(world.folder, max_sequences=8)
+def engine(world: PeftWorld) -> OwnedEngine:
+    return model_engine(world.folder, max_sequences=8)
 
 
 @dataclass(slots=True)
 class _Arrival:
     """An adapter whose bytes come layer by layer into memory that holds NaNs."""
 
-    engine: TorchEngine
+    engine: OwnedEngine
     digest: str
     header: ContainerHeader
     source: memoryview
@@ -76,7 +75,7 @@ class _Arrival:
         self.engine.extend_adapter(self.digest, layers)
 
 
-def _begin(engine: TorchEngine, world: PeftWorld, name: str) -> _Arrival:
+def _begin(engine: OwnedEngine, world: PeftWorld, name: str) -> _Arrival:
     digest, blob = world.blobs[name]
     header = read_header(blob)
     payload = memoryview(bytearray(b"\xff" * header.payload_bytes))  # NaN in every dtype
@@ -91,7 +90,7 @@ def _spec(
     return spec(sequence_id, prompt(index, length), adapter=digest, max_tokens=_TOKENS)
 
 
-def _step(engine: TorchEngine, items: Sequence[StepItem]) -> dict[str, int]:
+def _step(engine: OwnedEngine, items: Sequence[StepItem]) -> dict[str, int]:
     results = engine.step(items)
     engine.check_integrity()
     tokens: dict[str, int] = {}
@@ -101,7 +100,7 @@ def _step(engine: TorchEngine, items: Sequence[StepItem]) -> dict[str, int]:
     return tokens
 
 
-def _decode(engine: TorchEngine, outputs: dict[str, list[int]], steps: int) -> None:
+def _decode(engine: OwnedEngine, outputs: dict[str, list[int]], steps: int) -> None:
     for _ in range(steps):
         for name, token in _step(engine, [StepItem(name, 1) for name in outputs]).items():
             outputs[name].append(token)
@@ -110,7 +109,7 @@ def _decode(engine: TorchEngine, outputs: dict[str, list[int]], steps: int) -> N
 @pytest.mark.parametrize("split", _SPLITS, ids=str)
 @pytest.mark.parametrize("name", _ADAPTERS)
 def test_a_prompt_in_parts_continues_as_peft_does(
-    world: PeftWorld, engine: TorchEngine, name: str, split: list[int]
+    world: PeftWorld, engine: OwnedEngine, name: str, split: list[int]
 ) -> None:
     arrival = _begin(engine, world, name)
     engine.open_sequence(_spec(world, name, "a"))
@@ -124,7 +123,7 @@ def test_a_prompt_in_parts_continues_as_peft_does(
 
 
 def test_all_layers_may_be_passed_before_the_last_part(
-    world: PeftWorld, engine: TorchEngine
+    world: PeftWorld, engine: OwnedEngine
 ) -> None:
     arrival = _begin(engine, world, "outer")
     engine.open_sequence(_spec(world, "outer", "a"))
@@ -135,7 +134,7 @@ def test_all_layers_may_be_passed_before_the_last_part(
     assert _step(engine, [StepItem("a", 20)])["a"] == world.greedy("outer", prompt(0, 20), 1)[0]
 
 
-def test_a_part_may_have_fewer_layers_than_are_there(world: PeftWorld, engine: TorchEngine) -> None:
+def test_a_part_may_have_fewer_layers_than_are_there(world: PeftWorld, engine: OwnedEngine) -> None:
     arrival = _begin(engine, world, "all")
     engine.open_sequence(_spec(world, "all", "a"))
     arrival.bring(2)
@@ -146,7 +145,7 @@ def test_a_part_may_have_fewer_layers_than_are_there(world: PeftWorld, engine: T
 
 
 def test_decodes_and_prompts_of_others_run_beside_the_parts(
-    world: PeftWorld, engine: TorchEngine
+    world: PeftWorld, engine: OwnedEngine
 ) -> None:
     add_adapter(engine, *world.blobs["q and v"])
     arrivals = {name: _begin(engine, world, name) for name in ("all", "outer")}
@@ -190,7 +189,7 @@ def test_decodes_and_prompts_of_others_run_beside_the_parts(
 
 
 def test_results_of_parts_and_others_come_in_the_order_of_the_items(
-    world: PeftWorld, engine: TorchEngine
+    world: PeftWorld, engine: OwnedEngine
 ) -> None:
     arrival = _begin(engine, world, "all")
     engine.open_sequence(_spec(world, "all", "early"))
@@ -206,7 +205,7 @@ def test_results_of_parts_and_others_come_in_the_order_of_the_items(
 
 @pytest.mark.parametrize("name", ["all", "outer"])
 def test_only_the_first_chunk_of_a_long_prompt_comes_in_parts(
-    world: PeftWorld, engine: TorchEngine, name: str
+    world: PeftWorld, engine: OwnedEngine, name: str
 ) -> None:
     arrival = _begin(engine, world, name)
     engine.open_sequence(_spec(world, name, "a", length=50))
@@ -221,7 +220,7 @@ def test_only_the_first_chunk_of_a_long_prompt_comes_in_parts(
     assert outputs["a"] == world.greedy(name, prompt(0, 50), _TOKENS)
 
 
-def test_a_later_chunk_may_come_in_parts(world: PeftWorld, engine: TorchEngine) -> None:
+def test_a_later_chunk_may_come_in_parts(world: PeftWorld, engine: OwnedEngine) -> None:
     add_adapter(engine, *world.blobs["all"])
     engine.open_sequence(_spec(world, "all", "a", length=50))
     _step(engine, [StepItem("a", 30)])
@@ -229,7 +228,7 @@ def test_a_later_chunk_may_come_in_parts(world: PeftWorld, engine: TorchEngine) 
     assert _step(engine, [StepItem("a", 20)])["a"] == world.greedy("all", prompt(0, 50), 1)[0]
 
 
-def test_a_prompt_of_one_token_may_come_in_parts(world: PeftWorld, engine: TorchEngine) -> None:
+def test_a_prompt_of_one_token_may_come_in_parts(world: PeftWorld, engine: OwnedEngine) -> None:
     arrival = _begin(engine, world, "all")
     engine.open_sequence(_spec(world, "all", "a", length=1))
     for layers in (1, 2):
@@ -240,7 +239,7 @@ def test_a_prompt_of_one_token_may_come_in_parts(world: PeftWorld, engine: Torch
 
 
 def test_a_sequence_closed_between_its_parts_leaves_nothing(
-    world: PeftWorld, engine: TorchEngine
+    world: PeftWorld, engine: OwnedEngine
 ) -> None:
     arrival = _begin(engine, world, "all")
     engine.open_sequence(_spec(world, "all", "a", length=40))
@@ -255,7 +254,7 @@ def test_a_sequence_closed_between_its_parts_leaves_nothing(
     assert output["a"] == world.greedy("all", prompt(3, 10), _TOKENS)
 
 
-def test_a_seeded_token_does_not_depend_on_the_parts(world: PeftWorld, engine: TorchEngine) -> None:
+def test_a_seeded_token_does_not_depend_on_the_parts(world: PeftWorld, engine: OwnedEngine) -> None:
     sampling = Sampling(temperature=1.0, top_p=0.9, seed=5, logprobs=3)
     add_adapter(engine, *world.blobs["all"])
     tokens: list[SampledToken] = []
@@ -275,7 +274,7 @@ def test_a_seeded_token_does_not_depend_on_the_parts(world: PeftWorld, engine: T
 
 
 def test_layers_that_are_not_there_are_never_computed(
-    world: PeftWorld, engine: TorchEngine
+    world: PeftWorld, engine: OwnedEngine
 ) -> None:
     arrival = _begin(engine, world, "all")
     engine.open_sequence(_spec(world, "all", "a"))
@@ -290,7 +289,7 @@ def test_layers_that_are_not_there_are_never_computed(
 
 
 def test_adapters_arrive_from_another_thread_while_others_step(
-    world: PeftWorld, engine: TorchEngine
+    world: PeftWorld, engine: OwnedEngine
 ) -> None:
     add_adapter(engine, *world.blobs["all"])
     arriving = ("q and v", "outer", "in bf16", "last layer")

@@ -283,7 +283,7 @@ __main__.main()
 """
 
 
-async def test_a_process_without_its_model_says_so_and_exits_1() -> None:
+async def test_a_process_without_its_model_says_so_and_exits_2() -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -295,7 +295,7 @@ async def test_a_process_without_its_model_says_so_and_exits_1() -> None:
         stderr=asyncio.subprocess.STDOUT,
     )
     output, _ = await asyncio.wait_for(process.communicate(), 15)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert b"calumma model pull" in output
     assert b"Traceback" not in output
 

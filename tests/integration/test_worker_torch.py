@@ -1,7 +1,8 @@
-"""The worker with the torch engine and a real trained model: the tokens are the engine's own."""
+"""The worker on both tiers of the CPU, a real trained model: the tokens are the engine's own."""
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -22,6 +23,8 @@ from services.worker.engine import (  # noqa: E402
     build_engine,
 )
 from services.worker.engine_thread import EngineThread  # noqa: E402
+from services.worker.native.library import Unavailable  # noqa: E402
+from services.worker.native.probe import find_library  # noqa: E402
 from services.worker.service import start  # noqa: E402
 from tests.support.worker_peers import (  # noqa: E402
     Blob,
@@ -42,9 +45,13 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("pool_bytes", [64 * 2**20, 700_000], ids=["ample", "preempting"])
+@pytest.mark.parametrize("tier", ["torch", "native"])
 async def test_tokens_through_the_worker_equal_those_of_the_engine_alone(
-    pool_bytes: int, monkeypatch: pytest.MonkeyPatch
+    pool_bytes: int, tier: Literal["torch", "native"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    dtype: Literal["float32", "bfloat16"] = "float32" if tier == "torch" else "bfloat16"
+    if tier == "native" and isinstance(found := find_library(), Unavailable):
+        pytest.skip(found.reason)
     opened: list[str] = []
     open_sequence = EngineThread.open_sequence
 
@@ -60,7 +67,8 @@ async def test_tokens_through_the_worker_equal_those_of_the_engine_alone(
         adapter_store=store.address,
         model=str(_FOLDER),
         device="cpu",
-        dtype="float32",
+        dtype=dtype,
+        tier=tier,
         threads=1,
         memory_bytes=pool_bytes,
         prefill_tokens_per_step=16,
@@ -84,7 +92,7 @@ async def test_tokens_through_the_worker_equal_those_of_the_engine_alone(
             item.predicted_output_tokens = 1
         await scheduler.dispatch(*items)
         await gateway.ended(*(item.request_id for item in items))
-        engine = build_engine(EngineSettings(model=_FOLDER, dtype="float32", threads=1))
+        engine = build_engine(EngineSettings(model=_FOLDER, dtype=dtype, tier=tier, threads=1))
         for blob in blobs:
             add_adapter(engine, blob.digest, bytearray(blob.data))
         alone = {item.request_id: _alone(engine, item) for item in items}

@@ -9,8 +9,10 @@ import os
 
 from services.worker.engine.api import (
     AdapterIncompatibleError,
+    DistributedEngine,
     Engine,
     EngineInfo,
+    EngineLostError,
     EngineSettings,
     SampledToken,
     Sampling,
@@ -22,8 +24,10 @@ from services.worker.engine.api import (
 
 __all__ = [
     "AdapterIncompatibleError",
+    "DistributedEngine",
     "Engine",
     "EngineInfo",
+    "EngineLostError",
     "EngineSettings",
     "SampledToken",
     "Sampling",
@@ -42,9 +46,9 @@ def build_engine(settings: EngineSettings) -> Engine:
 
         return build_simulated_engine(settings)
     _share_cores()
-    from services.worker.engine.runner import build_torch_engine
+    from services.worker.engine.build import build_model_engine
 
-    return build_torch_engine(settings)
+    return build_model_engine(settings)
 
 
 def _share_cores() -> None:

@@ -12,16 +12,20 @@ Rules of the contract:
   - One sequence's failure is a `SequenceFailure` among the results; its mates are not affected.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from services.common.adapter_container import ContainerError, ContainerHeader, read_header
 
 
 class AdapterIncompatibleError(ValueError):
     """The adapter does not fit the base model; the message names the module at fault."""
+
+
+class EngineLostError(RuntimeError):
+    """A part of the engine is gone; it will never compute again. The message says which part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,7 @@ class EngineInfo:
     block_tokens: int
     block_bytes: int
     num_layers: int
+    without_native: str | None = None  # why torch computes on a CPU and not compiled code
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,10 @@ class EngineSettings:
     profile: str = "a40-llama-7b"
     seed: int = 0
     threads: int | None = None  # None: torch's own choice
+    # What computes a model on the CPU; "auto": compiled code where it can, else torch.
+    tier: Literal["auto", "native", "torch"] = "auto"
+    # Over how many devices the model is split, or processes on the CPU; see `parallel`.
+    tensor_parallel: int = 1
 
 
 class Engine(Protocol):
@@ -182,6 +191,22 @@ class Engine(Protocol):
 
     def step(self, items: Sequence[StepItem]) -> list[SampledToken | SequenceFailure]:
         """Run one forward pass over all items. Results come in the order of the items that drew."""
+        ...
+
+
+@runtime_checkable
+class DistributedEngine(Protocol):
+    """What an engine has besides, when parts of it are other processes.
+
+    Once one of them is gone, `begin_adapter`, `extend_adapter` and `step` raise EngineLostError.
+    """
+
+    def watch(self, on_lost: Callable[[EngineLostError], None]) -> None:
+        """`on_lost` is called once, from any thread, when one is gone; at once if one is."""
+        ...
+
+    def close(self) -> None:
+        """End them. Nothing is asked of the engine afterwards; a second call is harmless."""
         ...
 
 

@@ -5,7 +5,8 @@ adapter, and in which blocks of the pool the keys and values of their contexts l
 sequences of a step are the rows of one pass. A pass may stop behind any layer and go on later.
 
 Executors: plain torch on the CPU (`torch_executor`), compiled code on the CPU (`native_executor`),
-Triton kernels on CUDA (`cuda_executor`). They agree up to rounding.
+Triton kernels on CUDA (`cuda_executor`). They agree up to rounding. `parallel` has one of them for
+each of several devices, and is one itself.
 """
 
 from collections.abc import Sequence

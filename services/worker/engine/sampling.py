@@ -46,6 +46,23 @@ class Draw:
     top: tuple[tuple[int, float], ...]
 
 
+class HostScores:
+    """Logits `[rows, vocab]` of which all are at hand. See `Scores`."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    def draw(self, rows: Sequence[SamplingRow]) -> list[Draw | None]:
+        assert len(rows) == len(self._logits)
+        return sample(self._logits, rows)
+
+
+def needs_all_scores(row: SamplingRow) -> bool:
+    """Whether a draw looks at more than the likeliest token."""
+    sampling = row.sampling
+    return sampling.temperature > 0.0 or sampling.logprobs is not None or is_adjusted(row)
+
+
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Draw | None]:
     """One draw per row of `logits [rows, vocab]`; None where they are not finite."""
     scores: Floats = logits.float().cpu().numpy()
@@ -59,7 +76,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Draw | None]:
             continue
         if row.sampling.temperature > 0.0:
             sampled.append(index)
-        elif _is_adjusted(row):
+        elif is_adjusted(row):
             token_ids[index] = int(_adjusted(scores[index], row).argmax())
     for index, token_id in zip(sampled, _draw(scores, rows, sampled), strict=True):
         token_ids[index] = token_id
@@ -69,7 +86,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Draw | None]:
     ]
 
 
-def _is_adjusted(row: SamplingRow) -> bool:
+def is_adjusted(row: SamplingRow) -> bool:
+    """Whether penalties or suppressed ids change the scores of its next token."""
     sampling = row.sampling
     return (
         sampling.presence_penalty != 0.0
@@ -101,7 +119,7 @@ def _draw(scores: Floats, rows: Sequence[SamplingRow], sampled: Sequence[int]) -
         return []
     adjusted = np.stack(
         [
-            _adjusted(scores[index], rows[index]) if _is_adjusted(rows[index]) else scores[index]
+            _adjusted(scores[index], rows[index]) if is_adjusted(rows[index]) else scores[index]
             for index in sampled
         ]
     )

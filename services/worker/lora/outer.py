@@ -27,9 +27,12 @@ class AdaptedRows:
         added = (ranks @ self.pair.bt).float()
         hidden.index_add_(0, self.rows, added, alpha=self.pair.scale)
 
-    def add_head(self, logits: Tensor, x: Tensor) -> None:
-        """Add to `logits [rows, vocab]`, what the head made of `x [rows, hidden]`."""
-        added = (x[self.rows] @ self.pair.a.t()) @ self.pair.bt
+    def add_head(self, logits: Tensor, x: Tensor, vocab: slice) -> None:
+        """Add to `logits [rows, tokens]`, what the head made of `x [rows, hidden]`.
+
+        `vocab`: of which tokens they are.
+        """
+        added = (x[self.rows] @ self.pair.a.t()) @ self.pair.bt[:, vocab]
         logits.index_add_(0, self.rows, added, alpha=self.pair.scale)
 
 
