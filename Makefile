@@ -2,19 +2,26 @@
 #   make setup   build .venv            make test     run all tests
 #   make up      run the whole suite    make check    lint, types, laws, protos
 #   make protos  regenerate gen/        make bench NAME=spine
+#   make native  compile the native step of the engine (a part of setup, if there is a compiler)
 #
-# Variables: PYTHON (default python3), CUDA=1 (GPU build of torch, triton), ARGS (passed on).
+# Variables: PYTHON (default python3), CUDA=1 (GPU build of torch, triton), ARGS (passed on),
+# JOBS (test processes; default one per core, 4 at most; 0 for none beside pytest itself).
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 NAME   ?= spine
+JOBS   ?= auto
 ARGS   ?=
 SOURCES := services bench tests examples
 
-.PHONY: setup model up test check lint types laws protos protos-check bench clean
+.PHONY: setup native model up test check lint types laws protos protos-check bench clean
 
 setup: $(VENV)/.ready
+	@$(BIN)/python -m services.worker.native.build --optional
+
+native: $(VENV)/.ready
+	$(BIN)/python -m services.worker.native.build
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,8 +38,11 @@ model: setup
 up: setup
 	$(BIN)/calumma up $(ARGS)
 
+# Files are handed out whole, so that a module's fixtures are made once, and in the order of their
+# names: the long ones first, the many small unit tests last.
 test: model
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 check: lint types laws protos-check
 
