@@ -15,7 +15,7 @@ from typing import Final
 from bench.load import Job, run_jobs
 from bench.peft_peer import PeftPeer
 from bench.report import Report, Row, Target
-from bench.suite import ADAPTERS_DIR, running_suite
+from bench.suite import ADAPTERS_DIR, NO_PREFIX_CACHE, running_suite
 from examples.adapter_tasks import TASKS
 from services.common.base_model import DEFAULT_MODEL, locate
 
@@ -31,7 +31,7 @@ def run(*, quick: bool) -> Report:
     jobs = _jobs(max_tokens)
     adapters = {name: ADAPTERS_DIR / name for name in {job.adapter for job in jobs} - {""}}
     runs: dict[str, list[_Run]] = {"suite": [], "peft_by_adapter": [], "peft_mixed": []}
-    with running_suite() as suite:
+    with running_suite(env=NO_PREFIX_CACHE) as suite:
         peer = PeftPeer(locate(DEFAULT_MODEL), adapters)
         try:
             _suite_turn(suite.gateway, jobs)  # warms caches on both sides

@@ -15,6 +15,8 @@ from typing import Any, Final
 
 ADAPTERS_DIR: Final = Path(__file__).parent.parent / "examples" / "adapters"
 READY_TIMEOUT_S: Final = 180.0
+# For those that ask the same again: what is measured is the work, not that it was done before.
+NO_PREFIX_CACHE: Final = {"CALUMMA_WORKER_PREFIX_CACHE": "false"}
 _STOP_TIMEOUT_S = 60.0
 _PORTS = 16
 

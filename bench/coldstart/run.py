@@ -23,7 +23,7 @@ from bench.coldstart.turns import PROMPT_TOKENS, Place, Published, ask, ask_in_t
 from bench.coldstart.worker import drain_own_worker, linked_worker
 from bench.report import Report
 from bench.s3_server import S3Server, run_s3_server, weed_binary
-from bench.suite import Suite, running_suite
+from bench.suite import NO_PREFIX_CACHE, Suite, running_suite
 from calumma.adapter_store.v1 import adapter_store_pb2_grpc
 from services.common.base_model import DEFAULT_MODEL, load_config, locate
 
@@ -101,6 +101,7 @@ def _worker_settings() -> dict[str, str]:
 def _suite(folder: Path, s3: S3Server) -> Generator[Suite]:
     secrets = s3.environment
     env = {
+        **NO_PREFIX_CACHE,  # its clients ask the same all the time
         "AWS_ENDPOINT_URL": s3.endpoint,
         "AWS_REGION": secrets["AWS_REGION"],
         "CALUMMA_ADAPTER_STORE_S3_ACCESS_KEY_ID": secrets["AWS_ACCESS_KEY_ID"],

@@ -21,7 +21,7 @@ from bench.replay.lengths import LengthSeeds
 from bench.replay.live import LiveOutcome, play, possible, warm_up
 from bench.report import Report, Row, Target
 from bench.sim import Hardware, Learned, RequestRecord, Scenario, simulate
-from bench.suite import Suite, running_suite
+from bench.suite import NO_PREFIX_CACHE, Suite, running_suite
 from bench.workload import AdapterPool, Poisson, Trace, Workload, build
 from services.common.base_model import DEFAULT_MODEL, locate
 from services.core.systems import SYSTEMS
@@ -85,6 +85,7 @@ def _live(
     model = locate(DEFAULT_MODEL)
     options = ("--engine", "simulated", "--model", str(model), "--home", str(folder / "home"))
     env = {
+        **NO_PREFIX_CACHE,  # the simulated requests have sizes, but no tokens
         "CALUMMA_SCHEDULER_RECORD": str(journal),
         "CALUMMA_WORKER_PROFILE": PROFILE,
         "CALUMMA_WORKER_MAX_REQUESTS": str(MAX_REQUESTS),
