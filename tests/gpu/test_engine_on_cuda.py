@@ -28,16 +28,21 @@ from services.common.adapter_container import (
 from services.common.base_model import linear_shapes, load_config, outer_shapes
 from services.worker.engine import (
     AdapterIncompatibleError,
-    EngineSettings,
     SampledToken,
     Sampling,
     SequenceSpec,
     StepItem,
     add_adapter,
-    build_engine,
 )
-from services.worker.engine.runner import TorchEngine
-from tests.engine.engine_support import TINY_CONFIGS, generate, spec, tiny_model, token_ids
+from tests.engine.engine_support import (
+    TINY_CONFIGS,
+    OwnedEngine,
+    generate,
+    model_engine,
+    spec,
+    tiny_model,
+    token_ids,
+)
 
 DEVICE: Literal["cpu", "cuda"] = "cpu" if os.environ.get("CALUMMA_TEST_DEVICE") == "cpu" else "cuda"
 pytestmark = [
@@ -50,10 +55,8 @@ RANKS = (1, 8, 33)
 PROMPTS = [tuple(range(3 + i, 40 + 5 * i)) for i in range(6)]
 
 
-def _engine(folder: Path, device: Literal["cpu", "cuda"]) -> TorchEngine:
-    engine = build_engine(EngineSettings(model=folder, device=device, dtype="float32"))
-    assert isinstance(engine, TorchEngine)
-    return engine
+def _engine(folder: Path, device: Literal["cpu", "cuda"]) -> OwnedEngine:
+    return model_engine(folder, device=device)
 
 
 def _blob(folder: Path, rank: int, *, is_outer: bool = False, dtype: str = "F32") -> bytearray:
@@ -191,7 +194,7 @@ def test_adapters_come_and_go_beside_steps(tmp_path: Path) -> None:
 
 def test_weights_that_overflow_the_dtype_are_refused(tmp_path: Path) -> None:
     tiny_model(tmp_path)
-    engine = build_engine(EngineSettings(model=tmp_path, device=DEVICE, dtype="float16"))
+    engine = model_engine(tmp_path, device=DEVICE, dtype="float16")
     blob = _blob(tmp_path, 1)
     last = len(blob) - 4
     blob[last:] = np.float32(1e6).tobytes()
