@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -102,6 +103,9 @@ def _text(value: object) -> str:
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip()

@@ -105,7 +105,6 @@ def cuda_engine(
         tunings=_few_programs(),
     )
     executor.pool.fill_(float("nan"))
-    executor.warm_up()
     accounted = accounted_block_bytes(config, len(executor.pool) // info.pool_blocks)
     return OwnedEngine(ModelEngine(replace(info, block_bytes=accounted), executor))
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.worker.engine.api import Sampling, StepItem, add_adapter
+from services.worker.engine import build_engine
+from services.worker.engine.api import EngineSettings, Sampling, StepItem, add_adapter
 from services.worker.engine.cuda_lora import Regime
+from services.worker.engine.runner import ModelEngine
 from tests.engine.cuda_world import VOCAB, adapter_blob, cuda_engine, distributions, write_model
-from tests.engine.engine_support import OwnedEngine, generate, spec
+from tests.engine.engine_support import OwnedEngine, generate, generated, spec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,3 +74,18 @@ def test_a_step_waits_for_the_device_once(tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
     waits = [one for one in caught if "synchroniz" in str(one.message)]
     assert len(waits) == 1
+
+
+def test_graphs_that_were_made_at_start_give_the_same(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    settings = EngineSettings(
+        model=tmp_path, device="cuda", dtype="float32", memory_bytes=2**24, max_sequences=8
+    )
+    warm = build_engine(settings)
+    assert warm.info.description == "triton cuda float32"
+    assert isinstance(warm, ModelEngine)
+    warm_engine, cold_engine = OwnedEngine(warm), cuda_engine(tmp_path)
+    specs = [spec(f"s{i}", range(1, 4 + i), adapter="r8") for i in range(3)]
+    for engine in (warm_engine, cold_engine):
+        add_adapter(engine, "r8", adapter_blob(tmp_path, 8))
+    assert generated(warm_engine, specs) == generated(cold_engine, specs)
