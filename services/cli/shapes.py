@@ -38,6 +38,7 @@ class AnswerShape:
     prompt_tokens: int
     output_tokens: int
     predicted_output_tokens: int
+    cached_prompt_tokens: int
     timings: TimingsShape
     worker_id: str
     seed: int
@@ -64,6 +65,7 @@ class AnswerShape:
             prompt_tokens=completion.usage.prompt_tokens,
             output_tokens=completion.usage.output_tokens,
             predicted_output_tokens=completion.usage.predicted_output_tokens,
+            cached_prompt_tokens=completion.usage.cached_prompt_tokens,
             timings=_timings(completion),
             worker_id=completion.worker_id,
             seed=completion.seed,

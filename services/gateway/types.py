@@ -145,6 +145,7 @@ class Timings:
     prefill_s: float | None = None
     decode_s: float | None = None
     adapter_tier: int = 0  # number of calumma.common.v1.AdapterTier
+    cached_tokens: int | None = None  # of the context, that prefill had not to compute
 
     def updated(self, later: "Timings") -> "Timings":
         """These, with whatever `later` knows."""
@@ -158,6 +159,7 @@ class Timings:
             pick(self.prefill_s, later.prefill_s),
             pick(self.decode_s, later.decode_s),
             later.adapter_tier or self.adapter_tier,
+            self.cached_tokens if later.cached_tokens is None else later.cached_tokens,
         )
 
 

@@ -232,6 +232,7 @@ def _read_timings(timings: common_pb2.RequestTimings) -> Timings:
         prefill_s=timings.prefill_s if timings.HasField("prefill_s") else None,
         decode_s=timings.decode_s if timings.HasField("decode_s") else None,
         adapter_tier=timings.adapter_tier,
+        cached_tokens=timings.cached_tokens if timings.HasField("cached_tokens") else None,
     )
 
 
@@ -284,6 +285,7 @@ def _completion(request: OwnedRequest) -> gateway_pb2.Completion:
             prompt_tokens=len(admitted.prompt_token_ids),
             output_tokens=len(request.output),
             predicted_output_tokens=admitted.prediction.tokens,
+            cached_prompt_tokens=min(stages.cached_tokens or 0, len(admitted.prompt_token_ids)),
         ),
         timings=common_pb2.RequestTimings(
             queue_s=stages.queue_s,
@@ -291,6 +293,7 @@ def _completion(request: OwnedRequest) -> gateway_pb2.Completion:
             prefill_s=stages.prefill_s,
             decode_s=stages.decode_s,
             adapter_tier=common_pb2.AdapterTier.ValueType(stages.adapter_tier),
+            cached_tokens=stages.cached_tokens,
         ),
         time_to_first_token_s=request.time_to_first_token_s,
         worker_id=request.worker_id or "",

@@ -337,6 +337,8 @@ class Driver:
         assert not live.is_open
         live.is_open = True
         self._open[live.work.attempt.request_id] = live
+        if live.first_token_s is None:  # else it goes on after a preemption
+            live.cached_tokens = start.computed_tokens
         spec = live.spec(start.blocks, computed_tokens=start.computed_tokens)
         self._engine.open_sequence(spec)
 

@@ -31,13 +31,17 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of each stage; None until the stage has ended."""
+    """Seconds of each stage; None until the stage has ended.
+
+    `cached_tokens`: of its context, that prefill had not to compute; None before prefill.
+    """
 
     queue_s: float | None = None
     adapter_load_s: float | None = None
     prefill_s: float | None = None
     decode_s: float | None = None
     tier: Tier = Tier.NONE
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ class LiveRequest:
     is_open: bool = False  # in the engine
     is_announced: bool = False  # the scheduler was told that it runs
     adapter_ready_s: float | None = None
+    cached_tokens: int | None = None  # of its context, when its prefill began
     prefill_start_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -145,6 +146,7 @@ class LiveRequest:
             prefill_s=_between(self.prefill_start_s, self.first_token_s),
             decode_s=_between(self.first_token_s, self.last_token_s),
             tier=self.tier,
+            cached_tokens=self.cached_tokens,
         )
 
     # --- spans ------------------------------------------------------------------------------

@@ -242,6 +242,7 @@ def _timings(timings: Timings) -> common_pb2.RequestTimings:
         prefill_s=timings.prefill_s,
         decode_s=timings.decode_s,
         adapter_tier=_TIER[timings.tier],
+        cached_tokens=timings.cached_tokens,
     )
 
 

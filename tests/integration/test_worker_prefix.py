@@ -139,6 +139,8 @@ async def test_the_next_turn_of_a_talk_begins_behind_the_answer() -> None:
         await it.serve(_item("next", more=[*answer, 5, 6, 7]))
         full = (1 + len(_COMMON) + len(answer) - 1) // 16 * 16
         assert it.snapshot().prefix.hit_tokens - before == full > 80
+        cached = [it.gateway.endings[name].timings.cached_tokens for name in ("first", "next")]
+        assert cached == [0, full]
 
 
 async def test_another_tenant_and_new_weights_of_the_same_adapter_find_nothing() -> None:

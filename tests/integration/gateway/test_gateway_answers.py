@@ -53,6 +53,7 @@ async def test_a_stream_carries_everything_a_client_may_know(suite: Suite) -> No
         prefill_s=0.125,
         decode_s=2,
         adapter_tier=common_pb2.ADAPTER_TIER_STORE,
+        cached_tokens=1,
     )
     suite.worker.send(item, 1, "i", finish=LENGTH, timings=timings)
     done = await reader.read_all()
@@ -63,7 +64,7 @@ async def test_a_stream_carries_everything_a_client_may_know(suite: Suite) -> No
     assert done.timings == timings
     assert (done.worker_id, done.seed, done.resubmissions) == ("w1", 11, 0)
     assert done.usage == gateway_pb2.Usage(
-        prompt_tokens=2, output_tokens=2, predicted_output_tokens=2
+        prompt_tokens=2, output_tokens=2, predicted_output_tokens=2, cached_prompt_tokens=1
     )
     assert 0 < done.time_to_first_token_s < 10
 

@@ -71,6 +71,7 @@ def test_json_is_one_object_with_documented_fields(run: Run, gateway: str) -> No
         "prompt_tokens",
         "output_tokens",
         "predicted_output_tokens",
+        "cached_prompt_tokens",
         "timings",
         "worker_id",
         "seed",

@@ -314,6 +314,7 @@ class RequestTimings(_message.Message):
     PREFILL_S_FIELD_NUMBER: _builtins.int
     DECODE_S_FIELD_NUMBER: _builtins.int
     ADAPTER_TIER_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
     """From the scheduler's acceptance to its dispatch."""
     adapter_load_s: _builtins.float
@@ -324,6 +325,8 @@ class RequestTimings(_message.Message):
     """From the first token to the last."""
     adapter_tier: Global___AdapterTier.ValueType
     """Where the adapter was found."""
+    cached_tokens: _builtins.int
+    """Tokens of its context that prefill did not have to compute, because an earlier request had. Absent before prefill."""
     def __init__(
         self,
         *,
@@ -332,13 +335,16 @@ class RequestTimings(_message.Message):
         prefill_s: _builtins.float | None = ...,
         decode_s: _builtins.float | None = ...,
         adapter_tier: Global___AdapterTier.ValueType = ...,
+        cached_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_load_s", b"_adapter_load_s", "_decode_s", b"_decode_s", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "adapter_load_s", b"adapter_load_s", "decode_s", b"decode_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_load_s", b"_adapter_load_s", "_cached_tokens", b"_cached_tokens", "_decode_s", b"_decode_s", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "adapter_load_s", b"adapter_load_s", "cached_tokens", b"cached_tokens", "decode_s", b"decode_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_load_s", b"_adapter_load_s", "_decode_s", b"_decode_s", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "adapter_load_s", b"adapter_load_s", "adapter_tier", b"adapter_tier", "decode_s", b"decode_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_load_s", b"_adapter_load_s", "_cached_tokens", b"_cached_tokens", "_decode_s", b"_decode_s", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "adapter_load_s", b"adapter_load_s", "adapter_tier", b"adapter_tier", "cached_tokens", b"cached_tokens", "decode_s", b"decode_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_load_s: _TypeAlias = _typing.Literal["adapter_load_s"]  # noqa: Y015
     _WhichOneofArgType__adapter_load_s: _TypeAlias = _typing.Literal["_adapter_load_s", b"_adapter_load_s"]  # noqa: Y015
+    _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__decode_s: _TypeAlias = _typing.Literal["decode_s"]  # noqa: Y015
     _WhichOneofArgType__decode_s: _TypeAlias = _typing.Literal["_decode_s", b"_decode_s"]  # noqa: Y015
     _WhichOneofReturnType__prefill_s: _TypeAlias = _typing.Literal["prefill_s"]  # noqa: Y015
@@ -347,6 +353,8 @@ class RequestTimings(_message.Message):
     _WhichOneofArgType__queue_s: _TypeAlias = _typing.Literal["_queue_s", b"_queue_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter_load_s) -> _WhichOneofReturnType__adapter_load_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__decode_s) -> _WhichOneofReturnType__decode_s | None: ...
     @_typing.overload
