@@ -7,8 +7,9 @@ Rules of the contract:
     gets a new token whenever a chunk reaches its last known token. Closing it twice is harmless.
   - The engine decides nothing: which sequences step together, when an adapter is loaded or dropped,
     who holds which block of memory and whether it suffices is the caller's business. It asserts
-    what the caller promised. A block is given away again only when its sequence is closed or its
-    adapter removed.
+    what the caller promised. A block is given away again only when no step will read it for whoever
+    had it: `begin_adapter` may get one whose sequence or adapter is closed or removed later, before
+    the next step.
   - One sequence's failure is a `SequenceFailure` among the results; its mates are not affected.
 """
 
