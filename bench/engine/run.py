@@ -93,8 +93,8 @@ def _quick() -> _Extent:
     tiers = [ours(tier) for tier in TIERS]
     return _Extent(
         alternations=1,
-        output_tokens=OUTPUT_TOKENS // 2,
-        unused_pairs=2,
+        output_tokens=10,
+        unused_pairs=1,
         small=[*tiers, llama_cpp(), peft(base_too=False)],
         smol=tiers,
         small_s=30.0,
