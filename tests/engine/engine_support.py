@@ -30,6 +30,7 @@ from services.worker.engine import (
     build_engine,
 )
 from services.worker.engine.runner import ModelEngine
+from tests.engine.tiny_families import LINEAR_ROPE, LLAMA3_ROPE, SHAPE
 
 SHARED = Path(
     os.environ.get("CALUMMA_SHARED") or Path(__file__).resolve().parents[2].parent / "shared"
@@ -37,37 +38,15 @@ SHARED = Path(
 DType = Literal["bfloat16", "float16", "float32"]
 Device = Literal["cpu", "cuda"]
 GREEDY = Sampling()
-VOCAB = 320
-_SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 96,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_LLAMA3_ROPE: Any = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-_LINEAR_ROPE: Any = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+VOCAB: int = SHAPE["vocab_size"]
+_SHAPE: dict[str, Any] = SHAPE | {"num_hidden_layers": 3, "head_dim": 32}
 TINY_CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SHAPE, tie_word_embeddings=True),
     "llama with biases": LlamaConfig(
         **_SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
     ),
-    "llama 3 rope": LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=True),
-    "linear rope": LlamaConfig(**_SHAPE, rope_parameters=_LINEAR_ROPE),
+    "llama 3 rope": LlamaConfig(**_SHAPE, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "linear rope": LlamaConfig(**_SHAPE, rope_parameters=LINEAR_ROPE),
     "mistral": MistralConfig(**_SHAPE, sliding_window=None, tie_word_embeddings=False),
     "qwen 2": Qwen2Config(**_SHAPE, tie_word_embeddings=True),
     "qwen 3": Qwen3Config(**_SHAPE, tie_word_embeddings=False),

@@ -18,7 +18,7 @@ from transformers.models.auto import AutoModelForCausalLM
 VOCAB = 320
 POSITIONS = 256
 WINDOW = 96
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 96,
     "intermediate_size": 128,
@@ -32,10 +32,10 @@ _SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 # 96 / 6 heads is 16; these heads are wider, and those of the last one narrower.
-_WIDE: dict[str, Any] = _SHAPE | {"head_dim": 32}
-_NARROW: dict[str, Any] = _SHAPE | {"head_dim": 8}
-_MULTI_HEAD: dict[str, Any] = _SHAPE | {"num_key_value_heads": 6}
-_LLAMA3_ROPE: Any = {
+_WIDE: dict[str, Any] = SHAPE | {"head_dim": 32}
+_NARROW: dict[str, Any] = SHAPE | {"head_dim": 8}
+_MULTI_HEAD: dict[str, Any] = SHAPE | {"num_key_value_heads": 6}
+LLAMA3_ROPE: Any = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
     "factor": 8.0,
@@ -52,57 +52,57 @@ _YARN: Any = {
 _YARN_OPTIONS: Any = _YARN | {"beta_fast": 8.0, "beta_slow": 0.5, "truncate": False}
 _YARN_RATIO: Any = _YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}
 _YARN_FACTOR: Any = _YARN | {"attention_factor": 0.9}
-_LINEAR: Any = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+LINEAR_ROPE: Any = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama 2": LlamaConfig(**_MULTI_HEAD, tie_word_embeddings=False),
     "llama 3": LlamaConfig(
-        **_SHAPE,
+        **SHAPE,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         tie_word_embeddings=False,
     ),
-    "llama 3.1": LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False),
+    "llama 3.1": LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False),
     "llama 3.2": LlamaConfig(
-        **_WIDE, rope_parameters=_LLAMA3_ROPE | {"factor": 32.0}, tie_word_embeddings=True
+        **_WIDE, rope_parameters=LLAMA3_ROPE | {"factor": 32.0}, tie_word_embeddings=True
     ),
-    "llama, attention biases": LlamaConfig(**_SHAPE, attention_bias=True),
+    "llama, attention biases": LlamaConfig(**SHAPE, attention_bias=True),
     "llama, mlp biases": LlamaConfig(**_NARROW, mlp_bias=True),
     "llama, all biases": LlamaConfig(
         **_WIDE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),
-    "llama, linear rope": LlamaConfig(**_SHAPE, rope_parameters=_LINEAR),
-    "llama, yarn": LlamaConfig(**_SHAPE, rope_parameters=_YARN_OPTIONS),
-    "mistral 0.1": MistralConfig(**_SHAPE, sliding_window=WINDOW),
-    "mistral 0.3": MistralConfig(**_SHAPE, sliding_window=None),
+    "llama, linear rope": LlamaConfig(**SHAPE, rope_parameters=LINEAR_ROPE),
+    "llama, yarn": LlamaConfig(**SHAPE, rope_parameters=_YARN_OPTIONS),
+    "mistral 0.1": MistralConfig(**SHAPE, sliding_window=WINDOW),
+    "mistral 0.3": MistralConfig(**SHAPE, sliding_window=None),
     "mistral nemo": MistralConfig(**_WIDE, sliding_window=None),
-    "qwen 2": Qwen2Config(**_SHAPE, tie_word_embeddings=True),
+    "qwen 2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen 2, upper layers slide": Qwen2Config(
-        **_SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2
+        **SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2
     ),
     "qwen 2.5": Qwen2Config(
-        **_SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}
+        **SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}
     ),
-    "qwen 2.5, yarn": Qwen2Config(**_SHAPE, rope_parameters=_YARN),
+    "qwen 2.5, yarn": Qwen2Config(**SHAPE, rope_parameters=_YARN),
     "qwen 3": Qwen3Config(**_WIDE, tie_word_embeddings=True),
     "qwen 3, untied with biases": Qwen3Config(**_WIDE, attention_bias=True),
     "qwen 3, yarn": Qwen3Config(**_WIDE, rope_parameters=_YARN_RATIO),
     "smollm 2": LlamaConfig(
-        **_SHAPE,
+        **SHAPE,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
     ),
-    "smollm 3": SmolLM3Config(**_SHAPE),
+    "smollm 3": SmolLM3Config(**SHAPE),
     "smollm 3, other layers": SmolLM3Config(
-        **_SHAPE, no_rope_layers=[0, 1, 1, 0, 1], attention_bias=True, mlp_bias=True
+        **SHAPE, no_rope_layers=[0, 1, 1, 0, 1], attention_bias=True, mlp_bias=True
     ),
     "smollm 3, sliding": SmolLM3Config(
-        **_SHAPE,
+        **SHAPE,
         use_sliding_window=True,
         sliding_window=WINDOW,
         no_rope_layer_interval=2,
         tie_word_embeddings=False,
     ),
-    "smollm 3, yarn": SmolLM3Config(**_SHAPE, rope_parameters=_YARN_FACTOR),
+    "smollm 3, yarn": SmolLM3Config(**SHAPE, rope_parameters=_YARN_FACTOR),
 }
 
 
